@@ -1,0 +1,324 @@
+"""The bundle: the folder in which the workstation's half and the robot's half meet.
+
+Owns: the manifest's schema, reading, verifying and refusing it. Must not import ROS, torch or an
+engine. Everything is checked before anything large is loaded, and a mismatch is an error that
+says which command makes the wrong part again; there is no silent fallback.
+
+Layout::
+
+    manifest.json             this module's `Manifest`
+    processor_config.json     the checkpoint's own processor files, unchanged
+    statistics.json
+    embodiment_id.json
+    tokenizer.json
+    onnx/*.onnx, *.onnx.data  the graphs
+    reports/                  what later steps found out; not part of the verified content
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from groot_int8_ros import __version__
+from groot_int8_ros.errors import BundleError, ConfigurationError
+from groot_int8_ros.policy.engines.base import Engine, TensorSpec
+from groot_int8_ros.policy.files import sha256_of_file
+from groot_int8_ros.policy.processor import Processor, load_processor
+from groot_int8_ros.policy.robot import RobotDescription, parse_robot
+
+SCHEMA_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.json"
+PROCESSOR_FILES = ("processor_config.json", "statistics.json", "embodiment_id.json")
+GRAPH_FOLDER = "onnx"
+
+# Name of each graph and the file that holds it. The first two are the tensor contracts that the
+# community uses for GR00T N1.6; the others are what stands around the diffusion transformer.
+GRAPH_FILES = {
+    "backbone": "backbone_model.onnx",
+    "conditioner": "conditioner.onnx",
+    "action_encoder": "action_encoder.onnx",
+    "dit": "dit_model.onnx",
+    "action_decoder": "action_decoder.onnx",
+}
+
+_EXPORT_AGAIN = "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder}"
+
+
+@dataclass(frozen=True)
+class GraphRecord:
+    """One graph of the bundle.
+
+    Attributes:
+        file: Path inside the bundle.
+        precision: `fp32` or `fp16`: the type of weights and of floating inputs and outputs.
+        inputs: Specs by input name.
+        outputs: Specs by output name.
+    """
+
+    file: str
+    precision: str
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What the bundle holds and what it was made from.
+
+    Attributes:
+        exporter_version: Version of this package that wrote the bundle.
+        checkpoint_sha256: Hash over the checkpoint's weight and configuration files.
+        embodiment: Embodiment tag of the processor files that the bundle serves.
+        robot: Cameras, joints and action period.
+        action_horizon: Action tokens that the model runs.
+        denoising_steps: Euler steps at inference.
+        timestep_buckets: Number of integer time buckets of the flow.
+        graphs: Graph name to its record; see `GRAPH_FILES`.
+        files: Path inside the bundle to (SHA-256, size in bytes), for every file but the manifest
+            and the reports.
+        notes: What the exporter had to decide and the user should know.
+    """
+
+    exporter_version: str
+    checkpoint_sha256: str
+    embodiment: str
+    robot: RobotDescription
+    action_horizon: int
+    denoising_steps: int
+    timestep_buckets: int
+    graphs: Mapping[str, GraphRecord]
+    files: Mapping[str, tuple[str, int]]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> str:
+        """Return the manifest as it stands in `manifest.json`."""
+        content = {
+            "schema_version": SCHEMA_VERSION,
+            "exporter_version": self.exporter_version,
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "embodiment": self.embodiment,
+            "robot": self.robot.to_dict(),
+            "action_horizon": self.action_horizon,
+            "denoising_steps": self.denoising_steps,
+            "timestep_buckets": self.timestep_buckets,
+            "graphs": {name: _graph_to_dict(graph) for name, graph in self.graphs.items()},
+            "files": {
+                name: {"sha256": sha256, "bytes": size}
+                for name, (sha256, size) in self.files.items()
+            },
+            "notes": list(self.notes),
+        }
+        return json.dumps(content, indent=2) + "\n"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and verified.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: Its manifest.
+        processor: The embodiment's observation and action conventions.
+    """
+
+    folder: Path
+    manifest: Manifest
+    processor: Processor
+
+    def graph_path(self, name: str) -> Path:
+        """Return the file of a graph in `GRAPH_FILES`."""
+        return self.folder / self.manifest.graphs[name].file
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The tokenizer's file."""
+        return self.folder / TOKENIZER_FILE
+
+    def check_engine(self, name: str, engine: Engine) -> None:
+        """Refuse an engine whose inputs or outputs are not those of the graph's record.
+
+        Raises:
+            BundleError: A tensor is missing, or has another dtype or shape.
+        """
+        record = self.manifest.graphs[name]
+        for direction, wanted, found in (
+            ("inputs", record.inputs, engine.inputs),
+            ("outputs", record.outputs, engine.outputs),
+        ):
+            if {n: (s.dtype, _ranks(s)) for n, s in wanted.items()} != {
+                n: (s.dtype, _ranks(s)) for n, s in found.items()
+            }:
+                raise BundleError(
+                    f"{record.file}: the {direction} are {_describe(found)}, but the manifest "
+                    f"says {_describe(wanted)}. " + _EXPORT_AGAIN.format(folder=self.folder)
+                )
+
+
+def open_bundle(folder: Path, *, verify_hashes: bool = True) -> Bundle:
+    """Read a bundle and check that it is whole.
+
+    Args:
+        folder: The bundle.
+        verify_hashes: Read every file and compare its SHA-256. False compares sizes alone, for a
+            restart on a robot whose disk is slow.
+
+    Raises:
+        BundleError: The folder is no bundle, is of another schema, or a file is missing, has
+            changed or contradicts another.
+        ProcessorError: The processor files inside it are wrong.
+    """
+    manifest = _read_manifest(folder)
+    for name, (sha256, size) in manifest.files.items():
+        _check_file(folder, name, sha256, size, verify_hashes=verify_hashes)
+    processor = load_processor(folder, manifest.embodiment)
+    bundle = Bundle(folder=folder, manifest=manifest, processor=processor)
+    _check_robot(bundle)
+    return bundle
+
+
+def _read_manifest(folder: Path) -> Manifest:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise BundleError(
+            f"{folder} is not a bundle: it has no {MANIFEST_FILE}. "
+            + _EXPORT_AGAIN.format(folder=folder)
+        )
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise BundleError(
+            f"{path} cannot be read: {error}. " + _EXPORT_AGAIN.format(folder=folder)
+        ) from error
+    schema = content.get("schema_version") if isinstance(content, dict) else None
+    if schema != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path} has schema version {schema!r}, and groot_int8_ros {__version__} reads "
+            f"{SCHEMA_VERSION}. " + _EXPORT_AGAIN.format(folder=folder)
+        )
+    try:
+        return _parse_manifest(content, str(path))
+    except (KeyError, TypeError, ValueError, AttributeError, ConfigurationError) as error:
+        reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+        raise BundleError(
+            f"{path} is damaged: {reason}. " + _EXPORT_AGAIN.format(folder=folder)
+        ) from error
+
+
+def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
+    files = {}
+    for name, record in content["files"].items():
+        _refuse_outside(name)
+        files[name] = (_text(record["sha256"]), _count(record["bytes"]))
+    graphs = {name: _graph_from_dict(record) for name, record in content["graphs"].items()}
+    missing = [name for name in GRAPH_FILES if name not in graphs]
+    if missing:
+        raise ValueError(f"it lists no graph {missing[0]!r}")
+    for name, graph in graphs.items():
+        if graph.file not in files:
+            raise ValueError(f"the graph {name!r} lies in {graph.file}, which is not listed")
+    for name in (TOKENIZER_FILE, *PROCESSOR_FILES[:2]):
+        if name not in files:
+            raise ValueError(f"it does not list {name}")
+    return Manifest(
+        exporter_version=_text(content["exporter_version"]),
+        checkpoint_sha256=_text(content["checkpoint_sha256"]),
+        embodiment=_text(content["embodiment"]),
+        robot=parse_robot(content["robot"], f"{source}: robot"),
+        action_horizon=_count(content["action_horizon"]),
+        denoising_steps=_count(content["denoising_steps"]),
+        timestep_buckets=_count(content["timestep_buckets"]),
+        graphs=graphs,
+        files=files,
+        notes=tuple(_text(note) for note in content["notes"]),
+    )
+
+
+def _refuse_outside(name: str) -> None:
+    # The manifest comes from disk like everything else: it must not lead out of the bundle.
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"the file name {name!r} leads out of the bundle")
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r:.80} is not a text")
+    return value
+
+
+def _count(value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise TypeError(f"{value!r:.80} is not a positive whole number")
+    return value
+
+
+def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
+    return {
+        "file": graph.file,
+        "precision": graph.precision,
+        "inputs": {n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.inputs.items()},
+        "outputs": {
+            n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.outputs.items()
+        },
+    }
+
+
+def _graph_from_dict(record: Mapping[str, Any]) -> GraphRecord:
+    return GraphRecord(
+        file=_text(record["file"]),
+        precision=_text(record["precision"]),
+        inputs={n: _spec_from_dict(s) for n, s in record["inputs"].items()},
+        outputs={n: _spec_from_dict(s) for n, s in record["outputs"].items()},
+    )
+
+
+def _spec_from_dict(record: Mapping[str, Any]) -> TensorSpec:
+    shape = tuple(record["shape"])
+    if not all(isinstance(axis, (int, str)) for axis in shape):
+        raise TypeError(f"{shape!r:.80} is not a shape")
+    return TensorSpec(dtype=_text(record["dtype"]), shape=shape)
+
+
+def _ranks(spec: TensorSpec) -> tuple[int | None, ...]:
+    # Engines name varying axes as they like; only fixed lengths are a contract.
+    return tuple(axis if isinstance(axis, int) else None for axis in spec.shape)
+
+
+def _describe(specs: Mapping[str, TensorSpec]) -> str:
+    return "{" + ", ".join(f"{name}: {spec.describe()}" for name, spec in specs.items()) + "}"
+
+
+def _check_file(folder: Path, name: str, sha256: str, size: int, *, verify_hashes: bool) -> None:
+    path = folder / name
+    again = _EXPORT_AGAIN.format(folder=folder)
+    if not path.is_file():
+        raise BundleError(f"the bundle lacks {path}. {again}")
+    found = path.stat().st_size
+    if found != size:
+        raise BundleError(f"{path} has {found} bytes instead of {size}. {again}")
+    if verify_hashes and sha256_of_file(path) != sha256:
+        raise BundleError(f"{path} is not the file that was exported (SHA-256 differs). {again}")
+
+
+def _check_robot(bundle: Bundle) -> None:
+    robot, processor = bundle.manifest.robot, bundle.processor
+    found = (
+        tuple(camera.key for camera in robot.cameras),
+        {key: len(joints) for key, joints in robot.state_joints.items()},
+        {key: len(joints) for key, joints in robot.action_joints.items()},
+    )
+    wanted = (
+        tuple(processor.cameras),
+        {key.key: key.dim for key in processor.state_keys},
+        {key.key: key.dim for key in processor.action_keys},
+    )
+    if found != wanted:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST_FILE}: cameras and joints {found} do not fit the "
+            f"processor files' {wanted}. " + _EXPORT_AGAIN.format(folder=bundle.folder)
+        )

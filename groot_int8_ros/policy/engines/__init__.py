@@ -1,0 +1,30 @@
+"""Inference engines behind one small interface; see `base.Engine`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.engines.base import Engine, Tensors, TensorSpec
+
+ENGINE_KINDS = ("onnxruntime",)
+
+__all__ = ["ENGINE_KINDS", "Engine", "TensorSpec", "Tensors", "load_engine"]
+
+
+def load_engine(kind: str, graph: Path, *, threads: int | None = None) -> Engine:
+    """Load one graph of a bundle.
+
+    Args:
+        kind: One of `ENGINE_KINDS`.
+        graph: The graph's `.onnx` file.
+        threads: CPU threads inside an operator; the engine's choice if None.
+
+    Raises:
+        EngineError: The kind is unknown, its library is missing, or the graph does not load.
+    """
+    if kind not in ENGINE_KINDS:
+        raise EngineError(f"unknown engine {kind!r}; choose one of {', '.join(ENGINE_KINDS)}")
+    from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+
+    return OnnxRuntimeEngine(graph, threads=threads)

@@ -1,0 +1,117 @@
+"""ONNX Runtime on the CPU: the embedded default engine, and the yardstick for every other.
+
+Owns: `OnnxRuntimeEngine`. Must not import TensorRT or torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.engines.base import Tensors, TensorSpec
+
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(uint8)": "uint8",
+    "tensor(int8)": "int8",
+    "tensor(bool)": "bool",
+}
+
+
+class OnnxRuntimeEngine:
+    """One ONNX graph in one ONNX Runtime session."""
+
+    def __init__(
+        self, path: Path, *, threads: int | None = None, keep_graph_as_written: bool = False
+    ) -> None:
+        """Load a graph.
+
+        Args:
+            path: The `.onnx` file; its external data lie beside it.
+            threads: Threads used inside an operator; ONNX Runtime's choice if None.
+            keep_graph_as_written: Switch graph optimisation off. Half-precision weights are then
+                never folded into float32 copies, which a check of a large graph can't afford.
+
+        Raises:
+            EngineError: ONNX Runtime cannot load the file.
+        """
+        options = ort.SessionOptions()
+        # The runtime's own log goes to stderr line by line; what matters reaches the user as an
+        # EngineError.
+        options.log_severity_level = 3
+        if threads is not None:
+            options.intra_op_num_threads = threads
+        if keep_graph_as_written:
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        try:
+            self._session: ort.InferenceSession | None = ort.InferenceSession(
+                str(path), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:
+            raise EngineError(
+                f"ONNX Runtime cannot load {path}: {_first_line(error)}. Export the bundle again."
+            ) from error
+        self._path = path
+        self._inputs = {node.name: _spec(node) for node in self._session.get_inputs()}
+        self._outputs = {node.name: _spec(node) for node in self._session.get_outputs()}
+
+    @property
+    def inputs(self) -> Mapping[str, TensorSpec]:
+        """Specs by input name."""
+        return self._inputs
+
+    @property
+    def outputs(self) -> Mapping[str, TensorSpec]:
+        """Specs by output name."""
+        return self._outputs
+
+    def run(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
+        """Run the graph once; see `Engine.run`."""
+        if self._session is None:
+            raise RuntimeError(f"{self._path.name} was closed")
+        values = self._session.run(list(self._outputs), self._checked(feeds))
+        return dict(zip(self._outputs, values, strict=True))
+
+    def close(self) -> None:
+        """Release the session."""
+        self._session = None
+
+    def _checked(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
+        if set(feeds) != set(self._inputs):
+            raise EngineError(
+                f"{self._path.name} takes {sorted(self._inputs)}, but was given {sorted(feeds)}"
+            )
+        checked = {}
+        for name, spec in self._inputs.items():
+            array = feeds[name]
+            if np.issubdtype(array.dtype, np.floating) and spec.dtype.startswith("float"):
+                array = array.astype(spec.dtype, copy=False)
+            if not spec.accepts(array):
+                raise EngineError(
+                    f"{self._path.name}: input {name} must be {spec.describe()}, not "
+                    f"{array.dtype}{list(array.shape)}"
+                )
+            checked[name] = array
+        return checked
+
+
+def _spec(node: Any) -> TensorSpec:
+    dtype = _DTYPES.get(node.type)
+    if dtype is None:
+        raise EngineError(f"tensor {node.name} has the type {node.type}, which is not supported")
+    shape = tuple(axis if isinstance(axis, int) else str(axis) for axis in node.shape)
+    return TensorSpec(dtype=dtype, shape=shape)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

@@ -1,0 +1,116 @@
+"""Writing files so that a crash, a full disk or a Ctrl-C never leaves half of one.
+
+Owns: atomic writes and content hashes. Must not import anything of the package but its errors.
+A writer works on a temporary name in the same folder and renames at the end; POSIX makes that
+rename atomic, so a reader sees the old content or the new, never a mixture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from groot_int8_ros.errors import OutputError
+
+_HASH_BLOCK_BYTES = 4 << 20
+_TEMPORARY_PREFIX = ".partial-"
+
+
+def sha256_of_file(path: Path) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _explain(error: OSError, target: Path) -> OutputError:
+    return OutputError(
+        f"cannot write {target}: {error.strerror or error}. Nothing was left behind; free space "
+        "or choose a folder that is writable, then run the command again."
+    )
+
+
+@contextlib.contextmanager
+def atomic_file(target: Path) -> Iterator[Path]:
+    """Give a temporary path to write to, renamed to `target` when the block ends well.
+
+    Args:
+        target: The final path. Its folder is made if it is missing.
+
+    Yields:
+        A path in the same folder. The file there is removed if the block raises.
+
+    Raises:
+        OutputError: The folder cannot be made or written, or the disk is full.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(
+            prefix=_TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent
+        )
+        os.close(handle)
+    except OSError as error:
+        raise _explain(error, target) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_current_umask())
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill, renamed to `target` when the block ends well.
+
+    An existing `target` is replaced only then; until that moment it stays whole.
+
+    Args:
+        target: The final folder.
+
+    Yields:
+        A folder beside it, removed if the block raises.
+
+    Raises:
+        OutputError: The folder cannot be made or written, or the disk is full.
+    """
+    target = target.absolute()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(
+            tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{target.name}-", dir=target.parent)
+        )
+        temporary.chmod(0o777 & ~_current_umask())
+    except OSError as error:
+        raise _explain(error, target) from error
+    try:
+        yield temporary
+        if target.exists():
+            retired = Path(
+                tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{target.name}-", dir=target.parent)
+            )
+            os.replace(target, retired / "old")
+            os.replace(temporary, target)
+            shutil.rmtree(retired, ignore_errors=True)
+        else:
+            os.replace(temporary, target)
+    except OSError as error:
+        raise _explain(error, target) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

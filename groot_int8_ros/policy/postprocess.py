@@ -1,0 +1,120 @@
+"""From the network's normalised answer to targets in the robot's physical units.
+
+Owns: the inverse of the action normalisation and the step from relative to absolute targets.
+Must not import torch, ROS or an engine: the node, the evaluation and the calibration decode with
+the same few lines. The arithmetic, including where it is float32 and where float64, is that of
+the public Isaac-GR00T processor (commit e29d8fc), so that decoded actions agree to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.preprocess import state_vector
+from groot_int8_ros.policy.processor import ActionKey, Processor
+from groot_int8_ros.policy.types import Float32Array, Float64Array
+
+
+def decode_actions(
+    processor: Processor, action_pred: Float32Array, state: Mapping[str, ArrayLike]
+) -> dict[str, Float32Array]:
+    """Turn the network's answer into physical targets.
+
+    Args:
+        processor: The embodiment's conventions.
+        action_pred: Normalised actions, float32, shape (horizon, max_action_dim). Steps beyond
+            the processor's `delta_indices` and values beyond its action keys are ignored.
+        state: Raw state of the observation that was answered, shape (D,) per key; needed for the
+            keys that relative actions refer to. The whole chunk is decoded against this state.
+
+    Returns:
+        Action key to targets in physical units, float32, shape (steps, D).
+
+    Raises:
+        EngineError: `action_pred` has another shape, or holds NaN or infinity.
+        ObservationError: The state of a relative key is missing, misshapen or not finite.
+    """
+    decoded = decode_actions_float64(processor, action_pred, state)
+    with np.errstate(over="ignore"):
+        actions = {key: value.astype(np.float32) for key, value in decoded.items()}
+    for key, value in actions.items():
+        if not np.isfinite(value).all():
+            raise EngineError(
+                f"the decoded actions of '{key}' do not fit into float32: the engine answered "
+                "with absurdly large numbers. Nothing is sent to the robot. Compare the engine "
+                "with the reference graph (groot-int8 verify) and rebuild it."
+            )
+    return actions
+
+
+def decode_actions_float64(
+    processor: Processor, action_pred: Float32Array, state: Mapping[str, ArrayLike]
+) -> dict[str, Float64Array]:
+    """Do what `decode_actions` does, without its last cast to float32.
+
+    Keys encoded by mean and standard deviation pass through float32 in the public code; their
+    values are exact float32 numbers here too.
+    """
+    predicted = _checked(processor, action_pred)
+    decoded: dict[str, Float64Array] = {}
+    start = 0
+    for key in processor.action_keys:
+        normalised = predicted[: processor.action_steps, start : start + key.dim]
+        start += key.dim
+        values = _unnormalise(key, normalised)
+        if key.reference_state_key is not None:
+            reference = state_vector(state, key.reference_state_key, key.dim)
+            values = values + reference.astype(np.float64)
+        decoded[key.key] = values
+    return decoded
+
+
+def _checked(processor: Processor, action_pred: Float32Array) -> Float32Array:
+    predicted = np.asarray(action_pred, dtype=np.float32)
+    if (
+        predicted.ndim != 2
+        or predicted.shape[0] < processor.action_steps
+        or predicted.shape[1] != processor.max_action_dim
+    ):
+        raise EngineError(
+            f"the engine's action_pred has shape {predicted.shape}; expected at least "
+            f"{processor.action_steps} steps of {processor.max_action_dim} values. The engine was "
+            "built from another checkpoint than the processor files: export and build again."
+        )
+    # Padding is checked as well: within the denoising loop every value reaches the others.
+    if not np.isfinite(predicted).all():
+        step, index = (int(i) for i in np.argwhere(~np.isfinite(predicted))[0])
+        raise EngineError(
+            f"the engine's action_pred holds NaN or infinity, first at step {step}, value "
+            f"{index}. Nothing is sent to the robot. A layer overflows in its precision: run "
+            "groot-int8 verify on this bundle and keep the layer that it names in float."
+        )
+    return predicted
+
+
+def _unnormalise(key: ActionKey, normalised: Float32Array) -> Float64Array:
+    """Invert one key's normalisation.
+
+    Args:
+        key: Its encoding and statistics.
+        normalised: float32 (steps, D).
+
+    Returns:
+        float64 (steps, D).
+    """
+    if key.encoding == "mean_std":
+        assert key.mean is not None
+        assert key.std is not None
+        with np.errstate(over="ignore"):
+            scaled = (normalised * key.std + key.mean).astype(np.float32)
+        return np.where(key.std != 0.0, scaled, normalised).astype(np.float64)
+    assert key.low is not None
+    assert key.high is not None
+    # Clip, shift and halve in float32, as the public code does; only the scaling is float64.
+    unit = (np.clip(normalised, -1.0, 1.0) + np.float32(1.0)) / np.float32(2.0)
+    scaled64: Float64Array = unit * (key.high - key.low) + key.low
+    return scaled64
