@@ -1,0 +1,1 @@
+"""What TensorRT makes of a bundle's graphs."""

@@ -1,0 +1,1 @@
+"""Comparing a bundle with the checkpoint it came from."""

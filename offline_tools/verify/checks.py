@@ -1,0 +1,201 @@
+"""Comparing a bundle's graphs with PyTorch, graph by graph and end to end.
+
+Owns: which tensors are compared. Every graph is fed with PyTorch's tensors, so that an error is
+found where it arises; `action_pred` then runs the whole chain on its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from groot_int8_ros.errors import CheckpointError
+from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.engines import Engine
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.policy import Policy, draw_noise
+from groot_int8_ros.policy.preprocess import ModelInputs
+from groot_int8_ros.policy.types import Float32Array, Observation
+from offline_tools.export.bundle_writer import checkpoint_hash
+from offline_tools.model.checkpoint import CheckpointReader
+from offline_tools.model.configuration import load_model_config
+from offline_tools.verify.comparison import Comparison, compare, compare_masks, worst
+from offline_tools.verify.torch_reference import (
+    Arrays,
+    HeadReference,
+    run_action_head,
+    run_backbone,
+)
+
+
+def verify_bundle(
+    bundle: Bundle,
+    checkpoint: Path,
+    eagle_config: Path | None,
+    observations: list[Observation],
+    atol: float,
+) -> list[Comparison]:
+    """Compare PyTorch in float32 with ONNX Runtime on a bundle's graphs.
+
+    Args:
+        bundle: The bundle.
+        checkpoint: The checkpoint it was exported from.
+        eagle_config: As it was given to the export.
+        observations: What to run.
+        atol: Largest 99th percentile of the absolute error.
+
+    Returns:
+        One comparison a tensor, the worst over the observations.
+
+    Raises:
+        CheckpointError: The bundle was made from another checkpoint.
+    """
+    config, _ = load_model_config(checkpoint, eagle_config)
+    reader = CheckpointReader(checkpoint)
+    if checkpoint_hash(checkpoint, reader) != bundle.manifest.checkpoint_sha256:
+        raise CheckpointError(
+            f"{bundle.folder} was exported from another checkpoint than {checkpoint}: name "
+            "that one, or export again"
+        )
+    policy = Policy.load(bundle.folder, verify_hashes=False)
+    inputs = [policy.preprocess(observation) for observation in observations]
+    noise = [draw_noise(0, index, policy.noise_shape) for index in range(len(inputs))]
+    ended = [
+        policy.infer(observation, noise=start).action_pred
+        for observation, start in zip(observations, noise, strict=True)
+    ]
+    policy.close()
+    features = run_backbone(reader, config, inputs)
+    heads = run_action_head(
+        reader,
+        config,
+        features,
+        inputs,
+        noise,
+        embodiment_id=bundle.processor.embodiment_id,
+        steps=bundle.manifest.denoising_steps,
+    )
+    found = _backbone(bundle, inputs, features, atol)
+    found += _action_head(bundle, inputs, features, heads, atol)
+    found += [
+        compare("action_pred, end to end", head.action_pred, action_pred, atol)
+        for head, action_pred in zip(heads, ended, strict=True)
+    ]
+    return _fold(found)
+
+
+def _backbone(
+    bundle: Bundle, inputs: list[ModelInputs], features: list[Arrays], atol: float
+) -> list[Comparison]:
+    engine = _engine(bundle, "backbone")
+    found = []
+    for one, expected in zip(inputs, features, strict=True):
+        outputs = engine.run(
+            {
+                "input_ids": one.input_ids,
+                "attention_mask": one.attention_mask,
+                "pixel_values": one.pixel_values,
+            }
+        )
+        image = expected["image_mask"]
+        text = expected["attn_mask"] & ~image
+        for name, tokens in (("text", text), ("image", image)):
+            found.append(
+                compare(
+                    f"backbone: hidden_states, {name} tokens",
+                    expected["hidden_states"][tokens],
+                    outputs["hidden_states"][tokens],
+                    atol,
+                )
+            )
+        found += [
+            compare_masks(f"backbone: {name}", expected[name], outputs[name])
+            for name in ("attn_mask", "image_mask")
+        ]
+    engine.close()
+    return found
+
+
+def _action_head(
+    bundle: Bundle,
+    inputs: list[ModelInputs],
+    features: list[Arrays],
+    heads: list[HeadReference],
+    atol: float,
+) -> list[Comparison]:
+    engines = {
+        name: _engine(bundle, name)
+        for name in ("conditioner", "action_encoder", "dit", "action_decoder")
+    }
+    found = []
+    for one, feature, head in zip(inputs, features, heads, strict=True):
+        outputs = engines["conditioner"].run(
+            {"hidden_states": feature["hidden_states"], "state": one.state}
+        )
+        found += [
+            compare(f"conditioner: {name}", expected, outputs[name], atol)
+            for name, expected in head.condition.items()
+        ]
+        for step in head.steps:
+            found += _denoising_step(engines, feature, head.condition, step, atol)
+    for engine in engines.values():
+        engine.close()
+    return found
+
+
+def _denoising_step(
+    engines: dict[str, Engine], feature: Arrays, condition: Arrays, step: Arrays, atol: float
+) -> list[Comparison]:
+    encoded = engines["action_encoder"].run(
+        {
+            "state_features": condition["state_features"],
+            "actions": step["actions"],
+            "timestep": step["timestep"],
+        }
+    )
+    output = engines["dit"].run(
+        {
+            "sa_embs": step["sa_embs"],
+            "vl_embs": condition["vl_embs"],
+            "timestep": step["timestep"],
+            "image_mask": feature["image_mask"],
+            "backbone_attention_mask": feature["attn_mask"],
+        }
+    )
+    decoded = engines["action_decoder"].run({"dit_output": step["dit_output"]})
+    return [
+        compare("action_encoder: sa_embs", step["sa_embs"], encoded["sa_embs"], atol),
+        compare("dit: output", step["dit_output"], output["output"], atol),
+        compare("action_decoder: velocity", step["velocity"], decoded["velocity"], atol),
+    ]
+
+
+def _engine(bundle: Bundle, name: str) -> Engine:
+    return OnnxRuntimeEngine(bundle.graph_path(name))
+
+
+def _fold(found: list[Comparison]) -> list[Comparison]:
+    by_name: dict[str, list[Comparison]] = {}
+    for comparison in found:
+        by_name.setdefault(comparison.name, []).append(comparison)
+    return [worst(group) for group in by_name.values()]
+
+
+def generated_observations(bundle: Bundle, count: int) -> list[Observation]:
+    """Return observations of seeded noise, for a bundle without a dataset at hand."""
+    return [_noise_observation(bundle, np.random.RandomState(index)) for index in range(count)]
+
+
+def _noise_observation(bundle: Bundle, random: np.random.RandomState) -> Observation:
+    images = {
+        camera.key: random.randint(0, 256, (camera.height, camera.width, 3)).astype(np.uint8)
+        for camera in bundle.manifest.robot.cameras
+    }
+    state: dict[str, Float32Array] = {}
+    for key in bundle.processor.state_keys:
+        if key.low is not None and key.high is not None:
+            state[key.key] = random.uniform(key.low, key.high).astype(np.float32)
+        else:
+            state[key.key] = random.standard_normal(key.dim).astype(np.float32)
+    return Observation(images=images, state=state, instruction="pick up the cube")

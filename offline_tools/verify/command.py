@@ -1,0 +1,100 @@
+"""`groot-int8 verify`: does ONNX Runtime compute what PyTorch computes?
+
+Owns: the subcommand, its table and its report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.files import atomic_file
+from groot_int8_ros.policy.types import Observation
+from offline_tools.cli import EXIT_CHECK_FAILED
+from offline_tools.dataset.lerobot import LeRobotDataset
+from offline_tools.verify.checks import generated_observations, verify_bundle
+from offline_tools.verify.comparison import DEFAULT_ATOL, MIN_COSINE, Comparison
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle to verify")
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="the checkpoint it was exported from"
+    )
+    parser.add_argument("--eagle-config", type=Path, help="as it was given to export")
+    parser.add_argument(
+        "--dataset", type=Path, help="LeRobot dataset to take observations from (default: noise)"
+    )
+    parser.add_argument("--episode", type=int, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=2, help="observations to compare (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--atol",
+        type=float,
+        default=DEFAULT_ATOL,
+        help="largest 99th percentile of the absolute error (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print a line for each tensor, write `reports/verify.json`, and fail if one fails."""
+    if args.samples < 1:
+        raise ConfigurationError("--samples must be at least 1")
+    bundle = open_bundle(args.bundle)
+    if args.dataset:
+        observations = _recorded(bundle, args.dataset, args.episode, args.samples)
+    else:
+        observations = generated_observations(bundle, args.samples)
+    found = verify_bundle(bundle, args.checkpoint, args.eagle_config, observations, args.atol)
+    _print(found, args.atol)
+    passed = all(comparison.passed for comparison in found)
+    report = {
+        "reference": "PyTorch float32",
+        "engine": "ONNX Runtime CPU",
+        "source": str(args.dataset.name) if args.dataset else "generated noise",
+        "samples": len(observations),
+        "min_cosine": MIN_COSINE,
+        "atol": args.atol,
+        "passed": passed,
+        "tensors": [comparison.to_dict() for comparison in found],
+    }
+    with atomic_file(args.bundle / "reports" / "verify.json") as path:
+        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    print("PASS" if passed else "FAIL: the graphs do not compute what the checkpoint computes")
+    return 0 if passed else EXIT_CHECK_FAILED
+
+
+def _recorded(bundle: Bundle, dataset: Path, episode: int, samples: int) -> list[Observation]:
+    recorded = LeRobotDataset.open(dataset).episode(episode)
+    wanted = {round(i * (len(recorded) - 1) / max(samples - 1, 1)) for i in range(samples)}
+    cameras = [camera.key for camera in bundle.manifest.robot.cameras]
+    streams = [recorded.frames(key) for key in cameras]
+    observations = []
+    for index, frames in enumerate(zip(*streams, strict=True)):
+        if index in wanted:
+            observations.append(
+                Observation(
+                    images=dict(zip(cameras, frames, strict=True)),
+                    state={key: values[index] for key, values in recorded.state.items()},
+                    instruction=recorded.instructions[index],
+                    stamp_ns=index,
+                )
+            )
+    return observations
+
+
+def _print(found: list[Comparison], atol: float) -> None:
+    width = max(len(comparison.name) for comparison in found)
+    print(f"{'tensor':{width}}  {'cosine':>10} {'rel. L2':>10} {'p99 abs':>10} {'max abs':>10}")
+    for c in found:
+        verdict = "ok" if c.passed else "FAIL"
+        print(
+            f"{c.name:{width}}  {c.cosine:10.7f} {c.relative_l2:10.2e} {c.p99_absolute:10.2e} "
+            f"{c.max_absolute:10.2e}  {verdict}"
+        )
+    print(f"asked: cosine >= {MIN_COSINE}, p99 < {atol}, no NaN, equal masks")
