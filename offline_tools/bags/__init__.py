@@ -1,0 +1,1 @@
+"""Episodes as rosbag2 recordings, and their playback."""

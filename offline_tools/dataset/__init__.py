@@ -1,0 +1,1 @@
+"""Datasets that policies are trained and judged with."""
