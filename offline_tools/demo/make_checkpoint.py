@@ -1,0 +1,50 @@
+"""`groot-int8 make-checkpoint`: generate an N1.6-shaped checkpoint with random weights.
+
+Owns: the subcommand.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from offline_tools.dataset.lerobot import LeRobotDataset
+from offline_tools.demo.random_checkpoint import SIZES, write_random_checkpoint
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to write")
+    parser.add_argument(
+        "--dataset",
+        type=Path,
+        required=True,
+        help="LeRobot dataset that gives cameras, keys and statistics (see make-dataset)",
+    )
+    parser.add_argument(
+        "--size",
+        choices=list(SIZES),
+        default="tiny",
+        help="tiny, or full: the public sizes, 6.6 GB (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--absolute-keys",
+        nargs="*",
+        default=[],
+        metavar="KEY",
+        help="action keys with absolute targets; the others are relative to the state",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate the checkpoint."""
+    write_random_checkpoint(
+        args.output,
+        LeRobotDataset.open(args.dataset),
+        size=args.size,
+        seed=args.seed,
+        absolute_keys=tuple(args.absolute_keys),
+    )
+    print(f"{args.output}: random weights, size {args.size}, with tokenizer.json")
+    return 0

@@ -1,0 +1,28 @@
+"""`groot-int8 make-dataset`: generate episodes of an arm, for trying the other steps.
+
+Owns: the subcommand. Must not import torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from offline_tools.demo.arm_dataset import write_arm_dataset
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("--output", type=Path, required=True, help="dataset folder to write")
+    parser.add_argument("--episodes", type=int, default=1, help="default: %(default)s")
+    parser.add_argument(
+        "--frames", type=int, default=150, help="frames of an episode at 30 Hz (default: 150)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate the dataset."""
+    write_arm_dataset(args.output, episodes=args.episodes, frames=args.frames, seed=args.seed)
+    print(f"{args.output}: {args.episodes} episode(s) of {args.frames} frames")
+    return 0

@@ -1,0 +1,302 @@
+"""A checkpoint of N1.6's layout with random weights, tiny or of true size.
+
+Owns: configurations, statistics and weights of generated checkpoints. The released weights are
+not needed to show that every step works, what it costs and how exact it is; only what the robot
+then does has no meaning. Files have the names and fields that the reference implementation saves.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.files import atomic_directory
+from groot_int8_ros.policy.processor import PUBLIC_EMBODIMENT_IDS
+from groot_int8_ros.policy.types import Float32Array
+from offline_tools.dataset.lerobot import Episode, LeRobotDataset
+from offline_tools.demo.small_tokenizer import IMAGE_TOKEN, write_small_tokenizer
+from offline_tools.model.checkpoint import expected_keys
+from offline_tools.model.configuration import (
+    DiTConfig,
+    LanguageConfig,
+    ModelConfig,
+    VisionConfig,
+)
+
+EMBODIMENT = "new_embodiment"
+ACTION_HORIZON = 16
+
+_SHARD_BYTES = 1 << 30
+
+SIZES = {
+    "tiny": ModelConfig(
+        vision=VisionConfig(hidden_size=48, layers=2, heads=4, mlp_size=96),
+        language=LanguageConfig(
+            hidden_size=64,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=16,
+            mlp_size=128,
+            vocab_size=512,
+        ),
+        dit=DiTConfig(layers=4, heads=2, head_dim=48, output_dim=64, cross_dim=64),
+        mlp_size=64,
+        max_seq_len=64,
+        action_horizon=ACTION_HORIZON,
+    ),
+    "full": ModelConfig(max_state_dim=128, max_action_dim=128, action_horizon=ACTION_HORIZON),
+}
+
+
+def write_random_checkpoint(
+    folder: Path,
+    dataset: LeRobotDataset,
+    *,
+    size: str = "tiny",
+    seed: int = 0,
+    absolute_keys: tuple[str, ...] = (),
+) -> None:
+    """Write a checkpoint for a dataset's robot, with random weights, and its tokenizer.
+
+    The statistics are the dataset's own, so that decoded actions have its units and ranges.
+
+    Args:
+        folder: Folder to write; replaced if it exists.
+        dataset: Gives cameras, keys and statistics.
+        size: `tiny`, or `full` for the public sizes (6.6 GB).
+        seed: Seed of the weights.
+        absolute_keys: Action keys that are absolute targets; the others are relative to the state
+            of the same name, if there is one.
+
+    Raises:
+        ConfigurationError: A key given does not exist, or the robot has too many joints.
+        OutputError: The folder cannot be written.
+    """
+    unknown = sorted(set(absolute_keys) - set(dataset.action_keys))
+    if unknown:
+        raise ConfigurationError(
+            f"the dataset has no action key {unknown[0]!r}; it has "
+            f"{', '.join(dataset.action_keys)}"
+        )
+    with atomic_directory(folder) as target:
+        vocabulary = write_small_tokenizer(target / "tokenizer.json")
+        language = SIZES[size].language
+        if max(vocabulary.values()) >= language.vocab_size:
+            raise RuntimeError(f"{len(vocabulary)} tokens do not fit {language.vocab_size}")
+        config = replace(
+            SIZES[size], language=replace(language, image_token_id=vocabulary[IMAGE_TOKEN])
+        )
+        relative = tuple(
+            key
+            for key in dataset.action_keys
+            if key not in absolute_keys and key in dataset.state_keys
+        )
+        _write_json(target / "config.json", _model_json(config))
+        _write_json(target / "eagle_config.json", _eagle_json(config))
+        _write_json(target / "processor_config.json", _processor_json(config, dataset, relative))
+        _write_json(target / "statistics.json", {EMBODIMENT: _statistics(dataset, relative)})
+        _write_json(target / "embodiment_id.json", dict(PUBLIC_EMBODIMENT_IDS))
+        _write_weights(target, config, seed)
+
+
+def _write_json(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _model_json(config: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["Gr00tN1d6"],
+        "model_type": "Gr00tN1d6",
+        "action_horizon": config.action_horizon,
+        "attend_text_every_n_blocks": config.dit.text_period,
+        "backbone_embedding_dim": config.language.hidden_size,
+        "diffusion_model_cfg": {
+            "attention_head_dim": config.dit.head_dim,
+            "final_dropout": True,
+            "interleave_self_attention": True,
+            "norm_type": "ada_norm",
+            "num_attention_heads": config.dit.heads,
+            "num_layers": config.dit.layers,
+            "output_dim": config.dit.output_dim,
+            "positional_embeddings": None,
+        },
+        "hidden_size": config.mlp_size,
+        "input_embedding_dim": config.dit.width,
+        "max_action_dim": config.max_action_dim,
+        "max_num_embodiments": config.max_embodiments,
+        "max_seq_len": config.max_seq_len,
+        "max_state_dim": config.max_state_dim,
+        "num_inference_timesteps": config.denoising_steps,
+        "num_timestep_buckets": config.timestep_buckets,
+        "select_layer": config.language.layers,
+        "torch_dtype": "bfloat16",
+        "use_relative_action": True,
+    }
+
+
+def _eagle_json(config: ModelConfig) -> dict[str, Any]:
+    vision, language = config.vision, config.language
+    return {
+        "model_type": "eagle_3_vl",
+        "image_token_index": language.image_token_id,
+        "text_config": {
+            "model_type": "qwen3",
+            "head_dim": language.head_dim,
+            "hidden_size": language.hidden_size,
+            "intermediate_size": language.mlp_size,
+            "num_attention_heads": language.heads,
+            "num_hidden_layers": language.layers,
+            "num_key_value_heads": language.kv_heads,
+            "rms_norm_eps": language.norm_eps,
+            "rope_theta": language.rope_theta,
+            "vocab_size": language.vocab_size,
+        },
+        "vision_config": {
+            "model_type": "siglip2_vision_model",
+            "hidden_size": vision.hidden_size,
+            "intermediate_size": vision.mlp_size,
+            "layer_norm_eps": vision.norm_eps,
+            "num_attention_heads": vision.heads,
+            "num_hidden_layers": vision.layers,
+            "num_patches": vision.positions,
+            "patch_size": vision.patch_size,
+        },
+    }
+
+
+def _processor_json(
+    config: ModelConfig, dataset: LeRobotDataset, relative: tuple[str, ...]
+) -> dict[str, Any]:
+    action_configs = [
+        {
+            "rep": "RELATIVE" if key in relative else "ABSOLUTE",
+            "type": "NON_EEF",
+            "format": "DEFAULT",
+            "state_key": None,
+        }
+        for key in dataset.action_keys
+    ]
+    modalities: dict[str, Any] = {
+        "video": {"delta_indices": [0], "modality_keys": list(dataset.cameras)},
+        "state": {"delta_indices": [0], "modality_keys": list(dataset.state_keys)},
+        "action": {
+            "delta_indices": list(range(config.action_horizon)),
+            "modality_keys": list(dataset.action_keys),
+            "action_configs": action_configs,
+        },
+        "language": {
+            "delta_indices": [0],
+            "modality_keys": ["annotation.human.task_description"],
+        },
+    }
+    return {
+        "processor_class": "Gr00tN1d6Processor",
+        "processor_kwargs": {
+            "modality_configs": {EMBODIMENT: modalities},
+            "clip_outliers": True,
+            "crop_fraction": 0.95,
+            "formalize_language": True,
+            "max_action_dim": config.max_action_dim,
+            "max_action_horizon": config.action_horizon,
+            "max_state_dim": config.max_state_dim,
+            "shortest_image_edge": 256,
+            "use_albumentations": True,
+            "use_percentiles": False,
+            "use_relative_action": True,
+        },
+    }
+
+
+def _statistics(dataset: LeRobotDataset, relative: tuple[str, ...]) -> dict[str, Any]:
+    episodes = [dataset.episode(info.index) for info in dataset.episodes]
+    return {
+        "state": {
+            key: _summary(np.concatenate([episode.state[key] for episode in episodes]))
+            for key in dataset.state_keys
+        },
+        "action": {
+            key: _summary(np.concatenate([episode.action[key] for episode in episodes]))
+            for key in dataset.action_keys
+        },
+        "relative_action": {
+            key: _summary(np.concatenate([_relative_chunks(episode, key) for episode in episodes]))
+            for key in relative
+        },
+    }
+
+
+def _relative_chunks(episode: Episode, key: str) -> Float32Array:
+    """Return every chunk of an episode as offsets from its first state, (T, horizon, D)."""
+    action, state = episode.action[key], episode.state[key]
+    rows = np.arange(len(action))[:, None] + np.arange(ACTION_HORIZON)
+    chunks: Float32Array = action[np.minimum(rows, len(action) - 1)] - state[:, None]
+    return chunks
+
+
+def _summary(values: Float32Array) -> dict[str, Any]:
+    exact = values.astype(np.float64)
+    return {
+        "min": exact.min(axis=0).tolist(),
+        "max": exact.max(axis=0).tolist(),
+        "mean": exact.mean(axis=0).tolist(),
+        "std": exact.std(axis=0).tolist(),
+        "q01": np.quantile(exact, 0.01, axis=0).tolist(),
+        "q99": np.quantile(exact, 0.99, axis=0).tolist(),
+    }
+
+
+def _write_weights(folder: Path, config: ModelConfig, seed: int) -> None:
+    shards = list(_shards(expected_keys(config)))
+    if len(shards) == 1:
+        save_file(_draw(shards[0], seed), folder / "model.safetensors")
+        return
+    weight_map = {}
+    for number, shapes in enumerate(shards, start=1):
+        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        save_file(_draw(shapes, seed), folder / name)
+        weight_map.update(dict.fromkeys(shapes, name))
+    _write_json(
+        folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
+    )
+
+
+def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    shard: dict[str, tuple[int, ...]] = {}
+    size = 0
+    for key, shape in shapes.items():
+        tensor_bytes = 2 * math.prod(shape)
+        if shard and size + tensor_bytes > _SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[key] = shape
+        size += tensor_bytes
+    yield shard
+
+
+def _draw(shapes: dict[str, tuple[int, ...]], seed: int) -> dict[str, torch.Tensor]:
+    return {key: _weight(key, shape, seed) for key, shape in shapes.items()}
+
+
+def _weight(key: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    leaf = key.rsplit(".", 1)[1]
+    if leaf in ("bias", "b"):
+        return torch.zeros(shape, dtype=torch.bfloat16)
+    if len(shape) == 1:  # every one-dimensional weight belongs to a norm
+        return torch.ones(shape, dtype=torch.bfloat16)
+    # Each key has a generator of its own, so that a layer's weights do not depend on the others.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {key}".encode()))
+    fan_in = shape[-2] if leaf == "W" else shape[-1]
+    scale = 1.0 if "embed" in key.rsplit(".", 2)[1] else 1.0 / math.sqrt(fan_in)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float32)
+    return drawn.mul_(scale).to(torch.bfloat16)

@@ -1,0 +1,1 @@
+"""Judging what the policy and the node do on recorded data."""

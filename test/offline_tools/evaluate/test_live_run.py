@@ -1,0 +1,107 @@
+"""A chunk that reaches a subscriber must be the one that the policy computes for those frames.
+
+Real processes, real DDS, real frames: the recorded robot episodes go through bag, player, node and
+trajectory message, and are compared with `Policy.infer` on frames read from the dataset itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from groot_int8_ros.policy.policy import Policy
+from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
+from offline_tools.dataset.lerobot import LeRobotDataset
+from offline_tools.demo.random_checkpoint import write_random_checkpoint
+from offline_tools.evaluate.live_run import LiveRun, LiveRunError, run_live
+from offline_tools.evaluate.recompute import frame_index, recompute, stamps_ns
+from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
+
+# 3 s of the episode, slowed down so that a busy machine of two cores loses no frames for long.
+FRAMES = 90
+RATE = 0.5
+ENOUGH_CHUNKS = 5
+LIVE_PARAMETERS = {
+    "inference_rate_hz": 4.0,
+    "sensor_qos.reliability": "reliable",
+    "sensor_qos.depth": 5,
+}
+
+
+@pytest.fixture(scope="module")
+def g1_bundle(g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("g1")
+    dataset = LeRobotDataset.open(g1_dataset_dir)
+    write_random_checkpoint(
+        folder / "checkpoint", dataset, absolute_keys=("left_hand", "right_hand")
+    )
+    write_bundle(
+        ExportOptions(
+            checkpoint=folder / "checkpoint",
+            bundle=folder / "bundle",
+            dataset=g1_dataset_dir,
+            precision="fp32",
+            denoising_steps=2,
+        ),
+        report=lambda _: None,
+    )
+    return folder / "bundle"
+
+
+def play_episode(dataset: Path, episode: int, bundle: Path, folder: Path) -> LiveRun:
+    convert_episode(dataset, episode, folder / "bag", BagOptions(max_frames=FRAMES))
+    return run_live(
+        folder / "bag", {"bundle": str(bundle), **LIVE_PARAMETERS}, folder / "run", rate=RATE
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_chunks_from_real_robot_episodes_equal_the_policy_on_the_same_frames(
+    number: int, g1_dataset_dir: Path, g1_bundle: Path, tmp_path: Path
+) -> None:
+    dataset = LeRobotDataset.open(g1_dataset_dir)
+    live = play_episode(g1_dataset_dir, number, g1_bundle, tmp_path)
+    assert len(live.chunks) >= ENOUGH_CHUNKS, live.statuses
+
+    policy = Policy.load(g1_bundle)
+    names = [joint.name for joints in policy.robot.action_joints.values() for joint in joints]
+    assert len(names) == 26
+    results = recompute(policy, dataset.episode(number), BagOptions().start_time_ns, live.chunks)
+    for result in results:
+        assert list(result.published.joint_names) == names
+        assert result.max_error <= 1e-5
+        np.testing.assert_allclose(
+            result.published.time_from_start_s, np.arange(16) / dataset.fps, atol=1e-9
+        )
+        camera = result.published.info["streams"]["camera cam_high"]
+        assert result.published.stamp_ns == camera["stamp_ns"]
+
+
+@pytest.mark.slow
+def test_the_comparison_notices_a_chunk_of_other_frames(
+    g1_dataset_dir: Path, g1_bundle: Path, tmp_path: Path
+) -> None:
+    # The control of the test above: frames of a third of a second earlier must be noticed.
+    live = play_episode(g1_dataset_dir, 0, g1_bundle, tmp_path)
+    chunk = live.chunks[-1]
+    episode = LeRobotDataset.open(g1_dataset_dir).episode(0)
+    start = BagOptions().start_time_ns
+    info = json.loads(json.dumps(chunk.info))
+    camera = info["streams"]["camera cam_high"]
+    row = frame_index(episode, start)[camera["stamp_ns"]]
+    camera["stamp_ns"] = int(stamps_ns(episode, start)[row - 10])
+    policy = Policy.load(g1_bundle)
+    (result,) = recompute(policy, episode, start, [replace(chunk, info=info)])
+    assert result.max_error > 1e-5
+
+
+def test_a_node_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
+    with pytest.raises(LiveRunError, match=r"policy_node .*policy_node\.log"):
+        run_live(tmp_path / "no_bag", {"bundle": str(tmp_path / "no_bundle")}, tmp_path / "run")
