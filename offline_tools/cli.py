@@ -33,7 +33,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
     "build-check": (
         "offline_tools.engine.command",
-        "parse and build a bundle's graphs with TensorRT-RTX, without a GPU",
+        "parse and build a bundle's graphs with TensorRT-RTX (no GPU needed) or TensorRT",
     ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",

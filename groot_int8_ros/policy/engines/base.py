@@ -35,6 +35,11 @@ class TensorSpec:
         """Return the spec as one reads it in an error message."""
         return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
+    @property
+    def varies(self) -> bool:
+        """Whether an axis has no fixed length."""
+        return any(isinstance(axis, str) for axis in self.shape)
+
     def accepts(self, array: NDArray[Any]) -> bool:
         """Whether an array has this dtype and fits this shape."""
         return array.dtype == np.dtype(self.dtype) and self.fits(array.shape)

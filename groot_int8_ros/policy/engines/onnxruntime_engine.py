@@ -39,8 +39,8 @@ class OnnxRuntimeEngine:
         Args:
             path: The `.onnx` file; its external data lie beside it.
             threads: Threads used inside an operator; ONNX Runtime's choice if None.
-            keep_graph_as_written: Switch graph optimisation off. Half-precision weights are then
-                never folded into float32 copies, which a check of a large graph can't afford.
+            keep_graph_as_written: Switch off graph optimisation and weight packing, which both
+                copy weights: a check of a graph of gigabytes cannot afford that.
 
         Raises:
             EngineError: ONNX Runtime cannot load the file.
@@ -53,6 +53,8 @@ class OnnxRuntimeEngine:
             options.intra_op_num_threads = threads
         if keep_graph_as_written:
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            # Prepacking copies every weight; without it they stay in the mapped file.
+            options.add_session_config_entry("session.disable_prepacking", "1")
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

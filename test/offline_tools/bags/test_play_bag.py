@@ -167,7 +167,7 @@ def test_every_message_arrives_whole_and_at_four_times_the_pace(
 
 @needs_ros
 def test_loop_jumps_back_until_a_signal_ends_it(
-    bag: Path, prefix: str, ros_environment: dict[str, str], tmp_path: Path
+    mcap_bag: Path, prefix: str, ros_environment: dict[str, str], tmp_path: Path
 ) -> None:
     with _listener(
         tmp_path / "received",
@@ -176,9 +176,9 @@ def test_loop_jumps_back_until_a_signal_ends_it(
         "/clock=rosgraph_msgs/msg/Clock",
     ) as received:
         player = _player(
-            bag,
+            mcap_bag,
             ros_environment,
-            *("--topics", f"{prefix}/joints", "--remap", f"{prefix}/joints:={prefix}/elsewhere"),
+            *("--topics", "/joint_states", "--remap", f"/joint_states:={prefix}/elsewhere"),
             *("--rate", "4", "--loop", "--clock", "--start-offset", "0.2", "--duration", "0.5"),
             *("--wait-for-subscribers", "20"),
         )
@@ -204,11 +204,10 @@ def test_loop_jumps_back_until_a_signal_ends_it(
 
 @needs_ros
 def test_interrupt_ends_a_wait_at_once_and_without_a_traceback(
-    tmp_path: Path, small_dataset: Path, ros_environment: dict[str, str]
+    mcap_bag: Path, ros_environment: dict[str, str]
 ) -> None:
-    convert_episode(small_dataset, 0, tmp_path / "bag", BagOptions())
     # At this rate the second message is due after 50 s.
-    player = _player(tmp_path / "bag", ros_environment, "--rate", "0.001")
+    player = _player(mcap_bag, ros_environment, "--rate", "0.001")
     assert player.stdout is not None
     assert "playing" in player.stdout.readline()
     time.sleep(0.3)
@@ -256,7 +255,7 @@ def test_a_node_that_asks_for_a_best_effort_recording_gets_no_promise_of_more(
     with _listener(
         tmp_path / "received", ros_environment, f"{topic}=sensor_msgs/msg/JointState"
     ) as received:
-        player = _player(tmp_path / "bag", ros_environment, "--wait-for-subscribers", "2")
+        player = _player(tmp_path / "bag", ros_environment, "--wait-for-subscribers", "1.5")
         _, errors = player.communicate(timeout=30)
     assert player.returncode == 2
     assert "nobody subscribed" in errors

@@ -1,0 +1,246 @@
+"""What the node tells on `/diagnostics`.
+
+Owns: counting what happened, and one status for each subsystem: the engine, every input stream,
+the instruction and the inference. Must not import the policy's engines. It stands in for
+`diagnostic_updater`, which is not on PyPI; `rqt_robot_monitor` shows it alike.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+
+from groot_int8_ros.ros.joints import time_message
+from groot_int8_ros.ros.observation_buffer import Hold, StreamStatus, stamp_fault
+
+HARDWARE_ID = "groot_int8_ros"
+
+OK: bytes = DiagnosticStatus.OK
+WARN: bytes = DiagnosticStatus.WARN
+ERROR: bytes = DiagnosticStatus.ERROR
+STALE: bytes = DiagnosticStatus.STALE
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Wall time of one stage.
+
+    Attributes:
+        last_s: Of the newest inference.
+        mean_s: Over all inferences.
+        max_s: Slowest.
+    """
+
+    last_s: float
+    mean_s: float
+    max_s: float
+
+
+@dataclass(frozen=True)
+class InferenceReport:
+    """What the worker has done since it was made.
+
+    Attributes:
+        state: `stopped`, `warming up`, `waiting` for its first chunk, `running` or `holding`.
+        chunks: Chunks published.
+        holds: Reason to number of attempts that were held for it.
+        errors: Exception type to number of inferences that failed with it.
+        hold: Why the newest attempt gave no chunk, or None.
+        checked_instruction: The instruction that was checked last, and why it cannot be used or
+            None.
+        latencies: Stage to its wall times; the warm-up is not counted.
+    """
+
+    state: str = "stopped"
+    chunks: int = 0
+    holds: Mapping[str, int] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+    hold: Hold | None = None
+    checked_instruction: tuple[str | None, str | None] = (None, None)
+    latencies: Mapping[str, Latency] = field(default_factory=dict)
+
+
+class InferenceRecord:
+    """Counts what the worker does; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._state = "stopped"
+        self._checked_instruction: tuple[str | None, str | None] = (None, None)
+        self._chunks = 0
+        self._holds: Counter[str] = Counter()
+        self._errors: Counter[str] = Counter()
+        self._hold: Hold | None = None
+        self._latest_s: dict[str, float] = {}
+        self._total_s: defaultdict[str, float] = defaultdict(float)
+        self._max_s: dict[str, float] = {}
+
+    def enter(self, state: str) -> None:
+        """Note what the worker is doing now."""
+        with self._lock:
+            self._state = state
+
+    def held(self, hold: Hold) -> None:
+        """Count an attempt that gave no chunk."""
+        with self._lock:
+            self._state = "holding"
+            self._holds[hold.reason] += 1
+            self._hold = hold
+
+    def failed(self, error: Exception) -> None:
+        """Count an inference that raised."""
+        with self._lock:
+            self._errors[type(error).__name__] += 1
+
+    @property
+    def chunks(self) -> int:
+        """Chunks published so far."""
+        with self._lock:
+            return self._chunks
+
+    @property
+    def checked_instruction(self) -> tuple[str | None, str | None]:
+        """The instruction that was checked last, and why it cannot be used or None."""
+        with self._lock:
+            return self._checked_instruction
+
+    @checked_instruction.setter
+    def checked_instruction(self, checked: tuple[str | None, str | None]) -> None:
+        with self._lock:
+            self._checked_instruction = checked
+
+    def published(self, timings_s: Mapping[str, float]) -> None:
+        """Count a chunk."""
+        with self._lock:
+            self._state = "running"
+            self._hold = None
+            self._chunks += 1
+            for stage, seconds in timings_s.items():
+                self._latest_s[stage] = seconds
+                self._total_s[stage] += seconds
+                self._max_s[stage] = max(seconds, self._max_s.get(stage, 0.0))
+
+    def report(self) -> InferenceReport:
+        """Return the counts so far."""
+        with self._lock:
+            return InferenceReport(
+                state=self._state,
+                chunks=self._chunks,
+                holds=dict(self._holds),
+                errors=dict(self._errors),
+                hold=self._hold,
+                checked_instruction=self._checked_instruction,
+                latencies={
+                    stage: Latency(
+                        seconds, self._total_s[stage] / self._chunks, self._max_s[stage]
+                    )
+                    for stage, seconds in self._latest_s.items()
+                },
+            )
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """Everything that one `DiagnosticArray` is made of.
+
+    Attributes:
+        node_name: Fully qualified, without the leading slash.
+        now_ns: ROS time.
+        lifecycle: Label of the lifecycle state, or what the node is doing to it.
+        failure: Why the last transition failed, or None.
+        engine: Facts about bundle and engine; empty where none is loaded.
+        streams: State of every input.
+        max_age_s: The parameter.
+        instruction: In force.
+        inference: What the worker did.
+    """
+
+    node_name: str
+    now_ns: int
+    lifecycle: str
+    failure: str | None
+    engine: Mapping[str, str]
+    streams: Sequence[StreamStatus]
+    max_age_s: float
+    instruction: str
+    inference: InferenceReport
+
+
+def diagnostic_array(report: NodeReport) -> DiagnosticArray:
+    """Return the report as a message for `/diagnostics`."""
+    statuses = [
+        _engine(report),
+        *(_stream(report, status) for status in report.streams),
+        _instruction(report),
+        _inference(report.inference),
+    ]
+    for status in statuses:
+        status.name = f"{report.node_name}: {status.name}"
+    array = DiagnosticArray(status=statuses)
+    array.header.stamp = time_message(report.now_ns)
+    return array
+
+
+def _status(
+    name: str, level: bytes, message: str, values: Mapping[str, Any] | None = None
+) -> DiagnosticStatus:
+    return DiagnosticStatus(
+        name=name,
+        level=level,
+        message=message,
+        hardware_id=HARDWARE_ID,
+        values=[KeyValue(key=key, value=str(value)) for key, value in (values or {}).items()],
+    )
+
+
+def _engine(report: NodeReport) -> DiagnosticStatus:
+    values = {"lifecycle": report.lifecycle, **report.engine}
+    if report.failure:
+        return _status("engine", ERROR, report.failure, values)
+    if not report.engine:
+        return _status("engine", STALE, f"{report.lifecycle}: no bundle is loaded", values)
+    return _status("engine", OK, report.lifecycle, values)
+
+
+def _stream(report: NodeReport, status: StreamStatus) -> DiagnosticStatus:
+    silence = "never" if status.silence_s is None else f"{status.silence_s:.3f}"
+    values = {
+        "topic": status.stream.topic,
+        "messages": status.count,
+        "seconds since last message": silence,
+        "stamp_ns": "none" if status.stamp_ns is None else status.stamp_ns,
+    }
+    fault = stamp_fault(status.stream, status.stamp_ns, report.now_ns, report.max_age_s)
+    if fault:
+        return _status(status.stream.name, ERROR, f"{fault.reason}: {fault.message}", values)
+    return _status(status.stream.name, OK, "fresh", values)
+
+
+def _instruction(report: NodeReport) -> DiagnosticStatus:
+    values = {"instruction": report.instruction[:200]}
+    checked, fault = report.inference.checked_instruction
+    if checked != report.instruction:
+        return _status("instruction", STALE, "not checked yet", values)
+    if fault:
+        return _status("instruction", ERROR, fault, values)
+    return _status("instruction", OK, "accepted", values)
+
+
+def _inference(report: InferenceReport) -> DiagnosticStatus:
+    values: dict[str, Any] = {"state": report.state, "chunks": report.chunks}
+    values |= {f"holds: {reason}": count for reason, count in sorted(report.holds.items())}
+    values |= {f"errors: {kind}": count for kind, count in sorted(report.errors.items())}
+    for stage, latency in report.latencies.items():
+        values[f"{stage} last ms"] = f"{latency.last_s * 1e3:.3f}"
+        values[f"{stage} mean ms"] = f"{latency.mean_s * 1e3:.3f}"
+        values[f"{stage} max ms"] = f"{latency.max_s * 1e3:.3f}"
+    if report.hold:
+        message = f"holding: {report.hold.reason}: {report.hold.message}"
+        return _status("inference", ERROR if report.errors else WARN, message, values)
+    level = STALE if report.state == "stopped" else OK
+    return _status("inference", level, report.state, values)

@@ -1,0 +1,291 @@
+"""The newest message of every stream, and whether together they make an observation.
+
+Owns: what is missing, stale, ahead, skewed or already used, and says which stream it is. Must not
+import rclpy: times come in as numbers, so that tests and recordings use the same rules.
+
+The rules. A message replaces the one before it, by order of arrival. The observation's stamp is
+the newest camera stamp: actions are relative to what was seen last. Every stream's stamp must lie
+within the skew of every other's, and no stream's stamp may be older than the age, measured in ROS
+time, so that a bag played with `use_sim_time` is judged as the robot was. An observation is used
+once. When time jumps back (a bag loops, a clock is set), everything stored before is dropped:
+frames of two passes never meet in one observation.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+_NANOSECONDS = 1e9
+
+# A stamp this much older than its predecessor is another pass, not a reordered message.
+BACKWARD_JUMP_S = 0.5
+
+MISSING = "missing"
+UNSTAMPED = "unstamped"
+AHEAD = "ahead"
+STALE = "stale"
+SKEWED = "skewed"
+USED = "used"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One input of the policy.
+
+    Attributes:
+        name: Unique name, such as `camera front`; used on diagnostics and in `chunk_info`.
+        topic: Resolved topic; named in messages to the user.
+        is_camera: Whether its stamp may become the observation's.
+    """
+
+    name: str
+    topic: str
+    is_camera: bool
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One stored message.
+
+    Attributes:
+        message: As it came.
+        stamp_ns: The header's stamp, ROS time.
+        arrival_s: Steady time of its arrival.
+    """
+
+    message: Any
+    stamp_ns: int
+    arrival_s: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Messages that belong together.
+
+    Attributes:
+        samples: Stream name to its message.
+        stamp_ns: The newest camera stamp.
+        epoch: Number of backward time jumps before it.
+    """
+
+    samples: Mapping[str, Sample]
+    stamp_ns: int
+    epoch: int
+
+
+@dataclass(frozen=True)
+class Hold:
+    """Why there is no chunk.
+
+    Attributes:
+        reason: One word, for counting.
+        message: What is wrong with which topic, for a person.
+    """
+
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True)
+class StreamStatus:
+    """What diagnostics tell of a stream.
+
+    Attributes:
+        stream: Which.
+        count: Messages since the buffer was made.
+        silence_s: Steady time since the last message, or None before the first.
+        stamp_ns: Stamp of the stored message, or None where none is stored.
+    """
+
+    stream: Stream
+    count: int
+    silence_s: float | None
+    stamp_ns: int | None
+
+
+class ObservationBuffer:
+    """Stores the newest message of each stream; safe to use from several threads.
+
+    Args:
+        streams: All inputs; at least one is a camera.
+    """
+
+    def __init__(self, streams: Sequence[Stream]) -> None:
+        self.streams = tuple(streams)
+        self._by_name = {stream.name: stream for stream in streams}
+        self._changed = threading.Condition()
+        self._samples: dict[str, Sample] = {}
+        self._counts = dict.fromkeys(self._by_name, 0)
+        self._arrivals: dict[str, float] = {}
+        self._version = 0
+        self._epoch = 0
+        self._used_stamp_ns: int | None = None
+
+    @property
+    def epoch(self) -> int:
+        """Number of backward time jumps so far."""
+        with self._changed:
+            return self._epoch
+
+    def store(self, name: str, message: Any, stamp_ns: int) -> None:
+        """Replace a stream's message.
+
+        Args:
+            name: The stream.
+            message: Kept as it is, not copied.
+            stamp_ns: The header's stamp.
+        """
+        arrival_s = time.monotonic()
+        with self._changed:
+            previous = self._samples.get(name)
+            if previous and previous.stamp_ns - stamp_ns > BACKWARD_JUMP_S * _NANOSECONDS:
+                self._drop_all()
+            self._samples[name] = Sample(message, stamp_ns, arrival_s)
+            self._counts[name] += 1
+            self._arrivals[name] = arrival_s
+            self._version += 1
+            self._changed.notify_all()
+
+    def clear(self) -> None:
+        """Drop what is stored because time jumped back."""
+        with self._changed:
+            self._drop_all()
+
+    def _drop_all(self) -> None:
+        self._samples.clear()
+        self._epoch += 1
+        self._used_stamp_ns = None
+
+    def wake(self) -> None:
+        """End a `wait` early."""
+        with self._changed:
+            self._version += 1
+            self._changed.notify_all()
+
+    def wait(self, version: int, timeout_s: float) -> int:
+        """Wait until a message came after `version`, or for `timeout_s`.
+
+        Returns:
+            The version now, for the next call.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._version != version, timeout_s)
+            return self._version
+
+    def assemble(self, now_ns: int, max_age_s: float, max_skew_s: float) -> Snapshot | Hold:
+        """Return an observation's messages, or why there is none.
+
+        Args:
+            now_ns: ROS time.
+            max_age_s: Oldest stamp allowed, seconds before now. A stamp may be ahead of now by as
+                much, for clocks arrive in steps.
+            max_skew_s: Largest difference allowed between two streams' stamps.
+        """
+        with self._changed:
+            samples, epoch, used = dict(self._samples), self._epoch, self._used_stamp_ns
+        hold = self._fault(samples, now_ns, max_age_s, max_skew_s)
+        if hold:
+            return hold
+        stamp_ns = max(
+            samples[stream.name].stamp_ns for stream in self.streams if stream.is_camera
+        )
+        if stamp_ns == used:
+            return Hold(USED, "no new camera frame since the last chunk")
+        return Snapshot(samples, stamp_ns, epoch)
+
+    def mark_used(self, snapshot: Snapshot) -> None:
+        """Let no later observation have this one's stamp."""
+        with self._changed:
+            if snapshot.epoch == self._epoch:
+                self._used_stamp_ns = snapshot.stamp_ns
+
+    def status(self) -> list[StreamStatus]:
+        """Return what is known of each stream."""
+        now_s = time.monotonic()
+        with self._changed:
+            return [
+                StreamStatus(
+                    stream=stream,
+                    count=self._counts[name],
+                    silence_s=now_s - self._arrivals[name] if name in self._arrivals else None,
+                    stamp_ns=self._samples[name].stamp_ns if name in self._samples else None,
+                )
+                for name, stream in self._by_name.items()
+            ]
+
+    def _fault(
+        self, samples: Mapping[str, Sample], now_ns: int, max_age_s: float, max_skew_s: float
+    ) -> Hold | None:
+        # All streams with the same fault are named at once; the worst kind of fault comes first.
+        faults = [
+            fault
+            for stream in self.streams
+            if (
+                fault := stamp_fault(
+                    stream,
+                    samples[stream.name].stamp_ns if stream.name in samples else None,
+                    now_ns,
+                    max_age_s,
+                )
+            )
+        ]
+        for reason in (MISSING, UNSTAMPED, AHEAD, STALE):
+            messages = [fault.message for fault in faults if fault.reason == reason]
+            if messages:
+                return Hold(reason, "; ".join(messages))
+        ordered = sorted(self.streams, key=lambda stream: samples[stream.name].stamp_ns)
+        oldest, newest = ordered[0], ordered[-1]
+        skew_s = (samples[newest.name].stamp_ns - samples[oldest.name].stamp_ns) / _NANOSECONDS
+        if skew_s > max_skew_s:
+            return Hold(
+                SKEWED,
+                f"{_named(oldest)} is {skew_s:.3f} s older than {_named(newest)}, more than "
+                f"max_observation_skew_s = {max_skew_s:g}",
+            )
+        return None
+
+
+def _named(stream: Stream) -> str:
+    return f"{stream.name} ({stream.topic})"
+
+
+def stamp_fault(
+    stream: Stream, stamp_ns: int | None, now_ns: int, max_age_s: float
+) -> Hold | None:
+    """Judge one stream by itself.
+
+    Args:
+        stream: Which.
+        stamp_ns: Stamp of its stored message, or None where none is stored.
+        now_ns: ROS time.
+        max_age_s: See `ObservationBuffer.assemble`.
+
+    Returns:
+        What is wrong with it, or None.
+    """
+    if stamp_ns is None:
+        return Hold(MISSING, f"no message from {_named(stream)}")
+    if stamp_ns == 0:
+        return Hold(
+            UNSTAMPED, f"{_named(stream)} has no stamp in its header, so its age is unknown"
+        )
+    if now_ns == 0:
+        return Hold(AHEAD, "ROS time is zero: use_sim_time is set but nothing came on /clock")
+    age_s = (now_ns - stamp_ns) / _NANOSECONDS
+    if age_s < -max_age_s:
+        return Hold(
+            AHEAD,
+            f"{_named(stream)} is stamped {-age_s:.3f} s in the future: use_sim_time may be set "
+            "wrongly, or the machines' clocks differ",
+        )
+    if age_s > max_age_s:
+        return Hold(
+            STALE,
+            f"{_named(stream)} is {age_s:.3f} s old, more than max_observation_age_s = "
+            f"{max_age_s:g}",
+        )
+    return None

@@ -1,0 +1,121 @@
+"""From topics to observations: the path that the policy node and every recorder share.
+
+Owns: the subscriptions of cameras and joint state, and the conversion of what they brought. Must
+not import the policy's engines. The callbacks store the newest message and do nothing else; the
+conversion happens in `read`, in the thread that asks for an observation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from rclpy.node import Node
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image, JointState
+
+from groot_int8_ros.policy.types import JointSpec, Observation, UInt8Array
+from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
+from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
+from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
+from groot_int8_ros.ros.parameters import CameraParameters, NodeParameters
+
+JOINT_STATE = "joint_state"
+
+
+def camera_stream_name(key: str) -> str:
+    """Return the name of a camera's stream."""
+    return f"camera {key}"
+
+
+class ObservationStreams:
+    """Subscribes to the policy's inputs and reads observations from them.
+
+    Args:
+        node: Where the subscriptions are made; `close` removes them.
+        cameras: Topic and transport of each camera.
+        state_joints: State key to its joints.
+        parameters: Joint-state topic and quality of service.
+
+    Raises:
+        ConfigurationError: No converter for images can be imported.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        cameras: Sequence[CameraParameters],
+        state_joints: Mapping[str, Sequence[JointSpec]],
+        parameters: NodeParameters,
+    ) -> None:
+        self._node = node
+        self._cameras = tuple(cameras)
+        self.bridge_name, self._bridge = load_bridge()
+        qos = QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=parameters.sensor_qos_depth,
+            reliability=(
+                ReliabilityPolicy.RELIABLE
+                if parameters.sensor_qos_reliability == "reliable"
+                else ReliabilityPolicy.BEST_EFFORT
+            ),
+        )
+        inputs: list[tuple[str, Any, str, bool]] = [
+            (
+                camera_stream_name(camera.key),
+                CompressedImage if camera.transport == "compressed" else Image,
+                camera.topic,
+                True,
+            )
+            for camera in cameras
+        ]
+        inputs.append((JOINT_STATE, JointState, parameters.joint_state_topic, False))
+        self._subscriptions = [
+            node.create_subscription(kind, topic, partial(self._store, name), qos)
+            for name, kind, topic, _ in inputs
+        ]
+        self.buffer = ObservationBuffer(
+            [
+                Stream(name, subscription.topic_name, is_camera)
+                for (name, _, _, is_camera), subscription in zip(
+                    inputs, self._subscriptions, strict=True
+                )
+            ]
+        )
+        self._topics = {stream.name: stream.topic for stream in self.buffer.streams}
+        self._joint_states = JointStateReader(state_joints, self._topics[JOINT_STATE])
+
+    def read(self, snapshot: Snapshot, instruction: str) -> Observation:
+        """Convert a snapshot. Call it from one thread only.
+
+        Args:
+            snapshot: From `buffer.assemble`.
+            instruction: Goes into the observation as it is.
+
+        Raises:
+            ObservationError: A message cannot be used; it names topic and reason.
+        """
+        return Observation(
+            images={camera.key: self._frame(camera, snapshot) for camera in self._cameras},
+            state=self._joint_states.read(snapshot.samples[JOINT_STATE].message),
+            instruction=instruction,
+            stamp_ns=snapshot.stamp_ns,
+        )
+
+    def close(self) -> None:
+        """Remove the subscriptions."""
+        for subscription in self._subscriptions:
+            self._node.destroy_subscription(subscription)
+        self._subscriptions.clear()
+
+    def _store(self, name: str, message: Any) -> None:
+        self.buffer.store(name, message, stamp_ns(message.header))
+
+    def _frame(self, camera: CameraParameters, snapshot: Snapshot) -> UInt8Array:
+        name = camera_stream_name(camera.key)
+        message, topic = snapshot.samples[name].message, self._topics[name]
+        size = camera.height, camera.width
+        if camera.transport == "compressed":
+            return rgb_from_compressed_image(message, topic, size)
+        return rgb_from_image(message, topic, size, self._bridge)

@@ -1,0 +1,200 @@
+"""The launch file with the real launch system, where it is installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+# The repository's folder launch/ passes for an empty package of that name: a part is asked for.
+pytest.importorskip("launch.actions", reason="launch comes with ROS 2, not with PyPI")
+pytest.importorskip("launch_ros.actions", reason="launch_ros comes with ROS 2, not with PyPI")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rcl_interfaces.srv import GetParameters
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import parameter_value_to_python
+
+DEADLINE_S = 120.0
+DOMAIN_ID = 1 + os.getpid() % 100
+
+# What `ros2 launch FILE NAME:=VALUE ...` does, with another process that would keep it alive.
+LAUNCHER = """
+import sys
+from launch import LaunchDescription, LaunchService
+from launch.actions import ExecuteProcess, IncludeLaunchDescription
+from launch.launch_description_sources import PythonLaunchDescriptionSource
+
+file, *arguments = sys.argv[1:]
+service = LaunchService()
+service.include_launch_description(
+    LaunchDescription(
+        [
+            ExecuteProcess(cmd=["sleep", "600"]),
+            IncludeLaunchDescription(
+                PythonLaunchDescriptionSource(file),
+                launch_arguments=[tuple(text.split(":=", 1)) for text in arguments],
+            )
+        ]
+    )
+)
+sys.exit(service.run())
+"""
+
+
+@pytest.fixture
+def prefix(tmp_path: Path, repository_root: Path) -> Path:
+    """The package as an ament prefix, the way `colcon build` lays it out."""
+    folder = tmp_path / "install"
+    marker = folder / "share/ament_index/resource_index/packages/groot_int8_ros"
+    marker.parent.mkdir(parents=True)
+    marker.touch()
+    for name in ("launch", "config"):
+        shutil.copytree(repository_root / name, folder / "share/groot_int8_ros" / name)
+    executable = folder / "lib/groot_int8_ros/policy_node"
+    executable.parent.mkdir(parents=True)
+    executable.write_text(
+        f"#!{sys.executable}\nimport sys\nfrom groot_int8_ros.policy_node import main\n"
+        "sys.exit(main())\n"
+    )
+    executable.chmod(executable.stat().st_mode | stat.S_IXUSR)
+    return folder
+
+
+class Launched:
+    """A launch in its own process, and what can be seen of it."""
+
+    def __init__(self, prefix: Path, repository_root: Path, node: Node, *arguments: str) -> None:
+        self.log = prefix / "log.txt"
+        self._node = node
+        self._executor = SingleThreadedExecutor(context=node.context)
+        self._executor.add_node(node)
+        self.messages: dict[str, str] = {}
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
+        search = [
+            str(repository_root),
+            *(entry for entry in sys.path if entry and "site-packages" not in entry),
+        ]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-c", LAUNCHER),
+                    str(prefix / "share/groot_int8_ros/launch/policy.launch.py"),
+                    *arguments,
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                env=os.environ
+                | {
+                    "AMENT_PREFIX_PATH": str(prefix),
+                    "PYTHONPATH": os.pathsep.join(search),
+                    "ROS_DOMAIN_ID": str(DOMAIN_ID),
+                    "ROS_LOG_DIR": str(prefix / "log"),
+                },
+            )
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.messages |= {status.name: status.message for status in message.status}
+
+    def until(self, met: Callable[[], Any], what: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not met():
+            if time.monotonic() > end or self.process.poll() is not None:
+                pytest.fail(f"not seen: {what}\n{self.log.read_text()}")
+            self._executor.spin_once(timeout_sec=0.1)
+
+    def parameters(self, node_name: str, names: list[str]) -> dict[str, object]:
+        client: Any = self._node.create_client(GetParameters, f"{node_name}/get_parameters")
+        self.until(client.service_is_ready, f"{node_name}'s parameter service")
+        future = client.call_async(GetParameters.Request(names=names))
+        self.until(future.done, "parameters")
+        values = [parameter_value_to_python(value) for value in future.result().values]
+        return dict(zip(names, values, strict=True))
+
+    def node_process_id(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
+        for process_id in map(int, children.split()):
+            if b"policy_node" in Path(f"/proc/{process_id}/cmdline").read_bytes():
+                return process_id
+        pytest.fail(f"policy_node is not among the launched processes {children}")
+
+
+Start = Callable[..., Launched]
+
+
+@pytest.fixture
+def start(prefix: Path, repository_root: Path) -> Iterator[Start]:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    node = Node("launch_test", context=context)
+    started: list[Launched] = []
+
+    def launch(*arguments: str) -> Launched:
+        started.append(Launched(prefix, repository_root, node, *arguments))
+        return started[-1]
+
+    yield launch
+    for launched in started:
+        if launched.process.poll() is None:
+            os.killpg(launched.process.pid, signal.SIGKILL)
+            launched.process.wait()
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_arguments_reach_the_node_and_the_yaml_keeps_what_they_leave_out(
+    start: Start, tmp_path: Path
+) -> None:
+    file = tmp_path / "robot.yaml"
+    content = {"seed": 5, "bundle": "/from/the/yaml", "instruction": "wave"}
+    file.write_text(yaml.safe_dump({"/**": {"ros__parameters": content}}))
+    launched = start(
+        "namespace:=arm",
+        f"params_file:={file}",
+        "bundle:=/nowhere/bundle",
+        "use_sim_time:=true",
+        "log_level:=debug",
+    )
+    names = ["seed", "bundle", "instruction", "use_sim_time", "autostart"]
+    assert launched.parameters("/arm/policy_node", names) == {
+        "seed": 5,
+        "bundle": "/nowhere/bundle",
+        "instruction": "wave",
+        "use_sim_time": True,
+        "autostart": True,
+    }
+    # Started by itself, refused for its reason, and alive to be tried again.
+    launched.until(
+        lambda: "/nowhere/bundle" in launched.messages.get("arm/policy_node: engine", ""),
+        "why configuring failed",
+    )
+    launched.until(lambda: "[DEBUG]" in launched.log.read_text(), "debug output")
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.process.wait(DEADLINE_S) == 0, launched.log.read_text()
+    assert "process has finished cleanly" in launched.log.read_text()
+
+
+def test_launch_ends_when_its_node_dies(start: Start) -> None:
+    launched = start("autostart:=false")
+    assert launched.parameters("/policy_node", ["bundle", "autostart"]) == {
+        "bundle": "",
+        "autostart": False,
+    }
+    os.kill(launched.node_process_id(), signal.SIGKILL)
+    launched.process.wait(DEADLINE_S)
+    assert "process has died" in launched.log.read_text()

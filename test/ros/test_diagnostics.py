@@ -1,0 +1,94 @@
+"""What `/diagnostics` says must be what happened."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+
+from diagnostic_msgs.msg import DiagnosticStatus
+
+from groot_int8_ros.ros.diagnostics import InferenceRecord, NodeReport, diagnostic_array
+from groot_int8_ros.ros.observation_buffer import Hold, Stream, StreamStatus
+
+NOW = 1_700_000_000_500_000_000
+
+
+def statuses(
+    record: InferenceRecord,
+    failure: str | None = None,
+    streams: tuple[StreamStatus, ...] = (),
+    instruction: str = "",
+) -> dict[str, DiagnosticStatus]:
+    report = NodeReport(
+        node_name="arm/policy_node",
+        now_ns=NOW,
+        lifecycle="active",
+        failure=failure,
+        engine={"bundle": "/b"},
+        streams=streams,
+        max_age_s=0.5,
+        instruction=instruction,
+        inference=record.report(),
+    )
+    array = diagnostic_array(report)
+    assert (array.header.stamp.sec, array.header.stamp.nanosec) == (1_700_000_000, 500_000_000)
+    prefix = "arm/policy_node: "
+    assert all(status.name.startswith(prefix) for status in array.status)
+    return {status.name.removeprefix(prefix): status for status in array.status}
+
+
+def values(status: DiagnosticStatus) -> dict[str, str]:
+    return {entry.key: entry.value for entry in status.values}
+
+
+def test_failed_transition_is_an_error_although_an_engine_is_loaded() -> None:
+    status = statuses(InferenceRecord(), failure="activating failed: why")["engine"]
+    assert status.level == DiagnosticStatus.ERROR
+    assert "why" in status.message
+
+
+def test_latency_is_kept_per_stage_and_holds_are_counted_by_reason() -> None:
+    record = InferenceRecord()
+    for seconds in (0.030, 0.010, 0.020):
+        record.published({"backbone": seconds})
+    for reason in ("stale", "stale", "skewed"):
+        record.held(Hold(reason, "which"))
+    status = statuses(record)["inference"]
+    assert status.level == DiagnosticStatus.WARN
+    assert "skewed: which" in status.message
+    found = values(status)
+    assert (found["chunks"], found["holds: stale"], found["holds: skewed"]) == ("3", "2", "1")
+    stage = [float(found[f"backbone {kind} ms"]) for kind in ("last", "mean", "max")]
+    assert stage == pytest.approx([20.0, 20.0, 30.0])
+
+
+def test_hold_ends_with_the_next_chunk() -> None:
+    record = InferenceRecord()
+    record.held(Hold("stale", "which"))
+    record.published({})
+    assert statuses(record)["inference"].level == DiagnosticStatus.OK
+
+
+def test_each_stream_is_judged_by_its_own_age() -> None:
+    front, wrist = Stream("camera front", "/front", True), Stream("camera wrist", "/wrist", True)
+    found = statuses(
+        InferenceRecord(),
+        streams=(
+            StreamStatus(front, 9, 0.1, NOW - 100_000_000),
+            StreamStatus(wrist, 4, 2.0, NOW - 2_000_000_000),
+        ),
+    )
+    assert found["camera front"].level == DiagnosticStatus.OK
+    assert found["camera wrist"].level == DiagnosticStatus.ERROR
+    assert "/wrist" in found["camera wrist"].message
+    assert values(found["camera wrist"])["seconds since last message"] == "2.000"
+
+
+def test_verdict_on_another_instruction_is_not_passed_off_as_this_ones() -> None:
+    record = InferenceRecord()
+    record.checked_instruction = ("old", None)
+    assert statuses(record, instruction="new")["instruction"].level == DiagnosticStatus.STALE
+    record.checked_instruction = ("new", "too long")
+    status = statuses(record, instruction="new")["instruction"]
+    assert (status.level, status.message) == (DiagnosticStatus.ERROR, "too long")

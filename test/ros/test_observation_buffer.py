@@ -1,0 +1,186 @@
+"""Which messages may be used together, and what is said of those that may not."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from groot_int8_ros.ros.observation_buffer import (
+    AHEAD,
+    MISSING,
+    SKEWED,
+    STALE,
+    UNSTAMPED,
+    USED,
+    Hold,
+    ObservationBuffer,
+    Snapshot,
+    Stream,
+)
+
+FRONT = Stream("camera front", "/front", True)
+WRIST = Stream("camera wrist", "/wrist", True)
+JOINTS = Stream("joint_state", "/joint_states", False)
+NOW = 1_700_000_000_000_000_000
+MS = 1_000_000
+
+
+def buffer() -> ObservationBuffer:
+    return ObservationBuffer([FRONT, WRIST, JOINTS])
+
+
+def fill(target: ObservationBuffer, front: int, wrist: int, joints: int) -> None:
+    for stream, stamp in ((FRONT, front), (WRIST, wrist), (JOINTS, joints)):
+        target.store(stream.name, f"{stream.name}@{stamp}", stamp)
+
+
+def assemble(target: ObservationBuffer, now: int = NOW) -> Snapshot | Hold:
+    return target.assemble(now, max_age_s=0.5, max_skew_s=0.1)
+
+
+def held(found: Snapshot | Hold) -> Hold:
+    assert isinstance(found, Hold)
+    return found
+
+
+def taken(found: Snapshot | Hold) -> Snapshot:
+    assert isinstance(found, Snapshot), found
+    return found
+
+
+def test_stamp_is_the_newest_camera_and_not_the_newer_joint_state() -> None:
+    target = buffer()
+    fill(target, NOW - 40 * MS, NOW - 20 * MS, NOW)
+    snapshot = taken(assemble(target))
+    assert snapshot.stamp_ns == NOW - 20 * MS
+    assert snapshot.samples["camera front"].message == f"camera front@{NOW - 40 * MS}"
+
+
+def test_every_missing_stream_is_named_with_its_topic() -> None:
+    target = buffer()
+    target.store(WRIST.name, "", NOW)
+    hold = held(assemble(target))
+    assert hold.reason == MISSING
+    assert "camera front (/front)" in hold.message
+    assert "joint_state (/joint_states)" in hold.message
+    assert "/wrist" not in hold.message
+
+
+@pytest.mark.parametrize("stale", [FRONT, WRIST, JOINTS])
+def test_the_stale_stream_is_the_one_named(stale: Stream) -> None:
+    target = buffer()
+    fill(target, NOW, NOW, NOW)
+    later = NOW + 600 * MS
+    for stream in {FRONT, WRIST, JOINTS} - {stale}:
+        target.store(stream.name, "", later)
+    hold = held(assemble(target, later))
+    assert hold.reason == STALE
+    assert stale.topic in hold.message
+    assert "0.600 s" in hold.message
+    assert sum(stream.topic in hold.message for stream in (FRONT, WRIST, JOINTS)) == 1
+
+
+def test_age_and_skew_are_allowed_up_to_their_limits() -> None:
+    target = buffer()
+    fill(target, NOW - 500 * MS, NOW - 450 * MS, NOW - 400 * MS)
+    taken(assemble(target))
+    assert held(assemble(target, NOW + 1)).reason == STALE
+    fill(target, NOW - 100 * MS - 1, NOW - 50 * MS, NOW)
+    hold = held(assemble(target))
+    assert hold.reason == SKEWED
+    assert "/front" in hold.message
+    assert "/joint_states" in hold.message
+
+
+def test_stamps_of_the_future_are_not_fresh() -> None:
+    target = buffer()
+    fill(target, NOW, NOW + 600 * MS, NOW)
+    hold = held(assemble(target))
+    assert hold.reason == AHEAD
+    assert "/wrist" in hold.message
+    assert "/front" not in hold.message
+
+
+def test_clock_that_never_came_is_told_as_such() -> None:
+    target = buffer()
+    fill(target, NOW, NOW, NOW)
+    assert "/clock" in held(assemble(target, 0)).message
+
+
+def test_driver_without_stamps_is_refused() -> None:
+    target = buffer()
+    fill(target, NOW, NOW, 0)
+    hold = held(assemble(target))
+    assert hold.reason == UNSTAMPED
+    assert "/joint_states" in hold.message
+
+
+def test_a_frame_is_used_once_even_if_the_joint_state_is_new() -> None:
+    target = buffer()
+    fill(target, NOW, NOW - MS, NOW)
+    target.mark_used(taken(assemble(target)))
+    assert held(assemble(target)).reason == USED
+    target.store(JOINTS.name, "", NOW + MS)
+    assert held(assemble(target)).reason == USED
+    target.store(WRIST.name, "", NOW + 2 * MS)
+    assert taken(assemble(target)).stamp_ns == NOW + 2 * MS
+
+
+def test_second_pass_of_a_bag_never_meets_frames_of_the_first() -> None:
+    target = buffer()
+    first = NOW + 3_000 * MS
+    fill(target, first, first, first)
+    target.mark_used(taken(assemble(target, first)))
+    target.store(FRONT.name, "", NOW)
+    hold = held(assemble(target, NOW))
+    assert hold.reason == MISSING
+    assert "/wrist" in hold.message
+    assert "/joint_states" in hold.message
+    fill(target, NOW, NOW, NOW)
+    assert taken(assemble(target, NOW)).epoch == 1
+
+
+def test_same_stamps_may_be_used_again_after_time_jumped_back() -> None:
+    target = buffer()
+    fill(target, NOW, NOW, NOW)
+    old = taken(assemble(target))
+    target.mark_used(old)
+    target.clear()
+    assert held(assemble(target)).reason == MISSING
+    fill(target, NOW, NOW, NOW)
+    # A worker that is still busy with the first pass must not spoil the second.
+    target.mark_used(old)
+    assert taken(assemble(target)).epoch == target.epoch == 1
+
+
+def test_reordered_message_is_no_jump() -> None:
+    target = buffer()
+    fill(target, NOW, NOW, NOW)
+    target.store(FRONT.name, "late", NOW - 30 * MS)
+    snapshot = taken(assemble(target))
+    assert snapshot.epoch == 0
+    assert snapshot.samples[FRONT.name].message == "late"
+
+
+def test_wait_ends_with_a_message_and_with_a_wake() -> None:
+    target = buffer()
+    version = target.wait(-1, 0.0)
+    for act in (lambda: target.store(FRONT.name, "", NOW), target.wake):
+        thread = threading.Timer(0.05, act)
+        thread.start()
+        after = target.wait(version, 60.0)
+        thread.join()
+        assert after != version
+        version = after
+    assert target.wait(version, 0.0) == version
+
+
+def test_status_tells_streams_that_came_from_those_that_never_did() -> None:
+    target = buffer()
+    target.store(FRONT.name, "", NOW)
+    target.store(FRONT.name, "", NOW + MS)
+    front, wrist, _ = target.status()
+    assert (front.count, front.stamp_ns) == (2, NOW + MS)
+    assert front.silence_s is not None
+    assert (wrist.count, wrist.stamp_ns, wrist.silence_s) == (0, None, None)

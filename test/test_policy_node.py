@@ -1,0 +1,763 @@
+"""The policy node as a user runs it: its own process, real DDS, a real bundle.
+
+Each test waits for what it expects with a generous deadline and publishes like a camera driver
+meanwhile, so that a slow machine makes it slower and not red.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import SetParameters
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import CompressedImage, Image, JointState
+from std_msgs.msg import String
+from trajectory_msgs.msg import JointTrajectory
+
+from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
+from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.ros.diagnostics import InferenceRecord
+from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
+from groot_int8_ros.ros.joints import stamp_ns, time_message
+from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
+from groot_int8_ros.ros.parameters import PARAMETERS, NodeParameters
+
+DEADLINE_S = 120.0
+PUBLISH_PERIOD_S = 0.1
+# Within the range whose ports lie below Linux's ephemeral ones, another for each test process.
+DOMAIN_ID = 1 + os.getpid() % 100
+SEED = 11
+INSTRUCTION = "pick up the cube"
+# The joints' names are the robot's, not the data set's: the node maps them by its parameters.
+ROBOT_PREFIX = "robot/"
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A generated checkpoint of the real shape, exported."""
+    pytest.importorskip("torch", reason="exporting the bundle needs torch")
+    pytest.importorskip("transformers", reason="exporting the bundle needs transformers")
+    from offline_tools.cli import main
+
+    folder = tmp_path_factory.mktemp("tiny")
+    dataset, checkpoint, bundle = folder / "dataset", folder / "checkpoint", folder / "bundle"
+    for command in (
+        ["make-dataset", "--output", dataset],
+        ["make-checkpoint", "--dataset", dataset, "--output", checkpoint],
+        ["export", "--checkpoint", checkpoint, "--dataset", dataset, "--bundle", bundle],
+    ):
+        assert main([str(word) for word in command]) == 0
+    return bundle
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_bundle: Path) -> Iterator[Policy]:
+    loaded = Policy.load(tiny_bundle, threads=1)
+    yield loaded
+    loaded.close()
+
+
+class Robot:
+    """The other side of the topics: publishes sensors, collects what the node says."""
+
+    def __init__(self, node: Node, executor: SingleThreadedExecutor, policy: Policy) -> None:
+        self.node = node
+        self.policy = policy
+        self._executor = executor
+        self.restart_content()
+        first, *others = policy.robot.cameras
+        self.raw_camera = first
+        self.compressed_cameras = others
+        self.joint_names = list(
+            dict.fromkeys(
+                ROBOT_PREFIX + joint.name
+                for joints in policy.robot.state_joints.values()
+                for joint in joints
+            )
+        )
+        self._publishers = {
+            camera.key: node.create_publisher(
+                Image if camera is first else CompressedImage, f"/test/{camera.key}", 1
+            )
+            for camera in policy.robot.cameras
+        }
+        self._joint_publisher = node.create_publisher(JointState, "/test/joint_states", 1)
+        self.instructions = node.create_publisher(String, "/test/instruction", 1)
+        self.clock = node.create_publisher(Clock, "/clock", 1)
+        self.frames: dict[tuple[str, int], np.ndarray] = {}
+        self.positions: dict[int, dict[str, float]] = {}
+        self.chunks: list[JointTrajectory] = []
+        self.infos: list[dict[str, Any]] = []
+        self.statuses: dict[str, DiagnosticStatus] = {}
+        node.create_subscription(
+            JointTrajectory, "/policy_node/action_chunk", self.chunks.append, 50
+        )
+        node.create_subscription(
+            String,
+            "/policy_node/chunk_info",
+            lambda message: self.infos.append(json.loads(message.data)),
+            50,
+        )
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
+        self._change: Any = node.create_client(ChangeState, "/policy_node/change_state")
+        self._state: Any = node.create_client(GetState, "/policy_node/get_state")
+        self._set: Any = node.create_client(SetParameters, "/policy_node/set_parameters")
+
+    def restart_content(self) -> None:
+        """Let the frames and joint values begin again, as when a bag is looped."""
+        self._random = np.random.default_rng(5)
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            self.statuses[status.name] = status
+
+    def spin(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._executor.spin_once(timeout_sec=left)
+
+    def until(
+        self, met: Callable[[], Any], what: str, publish: Callable[[], None] = lambda: None
+    ) -> Any:
+        end = time.monotonic() + DEADLINE_S
+        while time.monotonic() < end:
+            publish()
+            self.spin(PUBLISH_PERIOD_S)
+            found = met()
+            if found:
+                return found
+        states = {name: status.message for name, status in self.statuses.items()}
+        pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {states}")
+
+    def call(self, client: Any, request: Any) -> Any:
+        self.until(client.service_is_ready, f"service {client.srv_name}")
+        future = client.call_async(request)
+        self.until(future.done, f"answer of {client.srv_name}")
+        return future.result()
+
+    def change(self, transition: int) -> bool:
+        request = ChangeState.Request(transition=Transition(id=transition))
+        return bool(self.call(self._change, request).success)
+
+    def state(self) -> str:
+        return str(self.call(self._state, GetState.Request()).current_state.label)
+
+    def set(self, name: str, value: Any) -> Any:
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg()]
+        )
+        return self.call(self._set, request).results[0]
+
+    def status(self, name: str) -> str:
+        found = self.statuses.get(f"policy_node: {name}")
+        return found.message if found else ""
+
+    def says(self, name: str, pattern: str) -> bool:
+        """Whether the newest status of that name matches."""
+        return re.search(pattern, self.status(name), re.DOTALL) is not None
+
+    def observe(
+        self,
+        stamp: int | None = None,
+        *,
+        frame: Callable[[Image], None] = lambda message: None,
+        jpeg: Callable[[CompressedImage], None] = lambda message: None,
+        joints: Callable[[JointState], None] = lambda message: None,
+        skip: tuple[str, ...] = (),
+    ) -> None:
+        """Publish one new observation; the functions spoil its messages."""
+        stamp = self.node.get_clock().now().nanoseconds if stamp is None else stamp
+        values = dict(
+            zip(
+                self.joint_names,
+                self._random.uniform(-0.5, 0.5, len(self.joint_names)).tolist(),
+                strict=True,
+            )
+        )
+        self.positions[stamp] = values
+        # Another order each time, among joints of other parts of the robot.
+        names = [*self._random.permutation(self.joint_names).tolist(), "wheel"]
+        message = JointState(name=names, position=[values.get(name, math.nan) for name in names])
+        message.header.stamp = time_message(stamp)
+        joints(message)
+        if "joint_state" not in skip:
+            self._joint_publisher.publish(message)
+        for camera in self.policy.robot.cameras:
+            rgb = self._random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+            self.frames[camera.key, stamp] = rgb
+            if camera is self.raw_camera:
+                padded = np.pad(rgb[:, :, ::-1].reshape(camera.height, -1), ((0, 0), (0, 8)))
+                image = Image(
+                    height=camera.height,
+                    width=camera.width,
+                    encoding="bgr8",
+                    step=padded.shape[1],
+                    data=padded.tobytes(),
+                )
+                frame(image)
+            else:
+                _, data = cv2.imencode(".png", rgb[:, :, ::-1], [cv2.IMWRITE_PNG_COMPRESSION, 1])
+                image = CompressedImage(format="png", data=data.tobytes())
+                jpeg(image)
+            image.header.stamp = time_message(stamp)
+            if camera.key not in skip:
+                self._publishers[camera.key].publish(image)
+
+    def expected(self, info: dict[str, Any]) -> np.ndarray:
+        """Compute the chunk of `info` again from what was published."""
+        streams = info["streams"]
+        positions = self.positions[streams["joint_state"]["stamp_ns"]]
+        state = {
+            key: joint_to_policy(
+                joints, [positions[ROBOT_PREFIX + joint.name] for joint in joints]
+            ).astype(np.float32)
+            for key, joints in self.policy.robot.state_joints.items()
+        }
+        images = {
+            camera.key: self.frames[camera.key, streams[f"camera {camera.key}"]["stamp_ns"]]
+            for camera in self.policy.robot.cameras
+        }
+        chunk = self.policy.infer(
+            Observation(images, state, info["instruction"], info["stamp_ns"]), seed=info["seed"]
+        )
+        return np.concatenate(
+            [
+                policy_to_joint(joints, chunk.actions[key].astype(np.float64))
+                for key, joints in self.policy.robot.action_joints.items()
+            ],
+            axis=1,
+        )
+
+    def pairs(self) -> list[tuple[JointTrajectory, dict[str, Any]]]:
+        """Chunks with their infos, as far as both have arrived."""
+        by_stamp = {info["stamp_ns"]: info for info in self.infos}
+        return [
+            (chunk, by_stamp[stamp_ns(chunk.header)])
+            for chunk in self.chunks
+            if stamp_ns(chunk.header) in by_stamp
+        ]
+
+    def forget(self) -> None:
+        self.chunks.clear()
+        self.infos.clear()
+        self.statuses.clear()
+
+
+class NodeProcess:
+    """`policy_node` in its own process."""
+
+    def __init__(self, folder: Path, **parameters: object) -> None:
+        file = folder / "parameters.yaml"
+        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
+        self.log = folder / "log.txt"
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "groot_int8_ros.policy_node"),
+                    *("--ros-args", "--params-file", str(file)),
+                ],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ | {"ROS_DOMAIN_ID": str(DOMAIN_ID), "OMP_NUM_THREADS": "1"},
+            )
+
+    def text(self) -> str:
+        return self.log.read_text()
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+
+StartNode = Callable[..., NodeProcess]
+
+
+@pytest.fixture
+def start_node(tmp_path: Path, tiny_bundle: Path, policy: Policy) -> Iterator[StartNode]:
+    started: list[NodeProcess] = []
+
+    def start(**changes: object) -> NodeProcess:
+        folder = tmp_path / f"node{len(started)}"
+        folder.mkdir()
+        started.append(NodeProcess(folder, **(robot_parameters(policy, tiny_bundle) | changes)))
+        return started[-1]
+
+    yield start
+    for node in started:
+        if node.process.poll() is None:
+            node.process.kill()
+            node.process.wait()
+
+
+def robot_parameters(policy: Policy, bundle: Path) -> dict[str, object]:
+    _, *others = policy.robot.cameras
+    cameras = {camera.key: {"topic": f"/test/{camera.key}"} for camera in policy.robot.cameras}
+    for camera in others:
+        cameras[camera.key]["transport"] = "compressed"
+    return {
+        "bundle": str(bundle),
+        "threads": 1,
+        "seed": SEED,
+        "instruction": INSTRUCTION,
+        "instruction_topic": "/test/instruction",
+        "joint_state_topic": "/test/joint_states",
+        "inference_rate_hz": 20.0,
+        "max_observation_age_s": 5.0,
+        "max_observation_skew_s": 5.0,
+        "autostart": True,
+        "cameras": cameras,
+    } | {
+        group: {
+            key: {"names": [ROBOT_PREFIX + joint.name for joint in joints]}
+            for key, joints in described.items()
+        }
+        for group, described in (
+            ("state_joints", policy.robot.state_joints),
+            ("action_joints", policy.robot.action_joints),
+        )
+    }
+
+
+@pytest.fixture
+def robot(policy: Policy) -> Iterator[Robot]:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    node = Node("robot", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    yield Robot(node, executor, policy)
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_every_chunk_is_what_the_policy_gives_on_the_same_messages(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node()
+    robot.until(lambda: len(robot.pairs()) >= 6, "six chunks", robot.observe)
+    pairs = robot.pairs()
+    for chunk, info in pairs:
+        assert info["seed"] == SEED
+        assert info["instruction"] == INSTRUCTION
+        cameras = [name for name in info["streams"] if name.startswith("camera ")]
+        assert len(cameras) == len(robot.policy.robot.cameras)
+        assert info["stamp_ns"] == max(info["streams"][name]["stamp_ns"] for name in cameras)
+        assert {"read", "preprocess", "backbone", "action_head", "total"} <= set(info["timings_s"])
+        expected = robot.expected(info)
+        assert chunk.joint_names == [
+            ROBOT_PREFIX + joint.name
+            for joints in robot.policy.robot.action_joints.values()
+            for joint in joints
+        ]
+        np.testing.assert_allclose(
+            [list(point.positions) for point in chunk.points], expected, rtol=1e-5, atol=1e-5
+        )
+        times = [p.time_from_start.sec + p.time_from_start.nanosec * 1e-9 for p in chunk.points]
+        steps = np.diff(times)
+        np.testing.assert_allclose(steps, robot.policy.robot.action_period_s, rtol=1e-6)
+    stamps = [stamp_ns(chunk.header) for chunk, _ in pairs]
+    assert len(set(stamps)) == len(stamps), "an observation was used twice"
+    numbers = [info["number"] for _, info in pairs]
+    assert numbers == sorted(set(numbers))
+
+
+def test_unusable_input_is_held_named_and_recovered_from(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node(max_observation_age_s=60.0)
+    robot.until(lambda: robot.pairs(), "a first chunk", robot.observe)
+
+    def wrong_size(message: Image) -> None:
+        message.height, message.width, message.step = 16, 16, 48
+
+    def cut(message: Image) -> None:
+        message.data = bytes(message.data)[:100]
+
+    def wrong_encoding(message: Image) -> None:
+        message.encoding = "bayer_rggb8"
+
+    def lose(message: JointState) -> None:
+        place = message.name.index(robot.joint_names[0])
+        del message.name[place]
+        del message.position[place]
+
+    def not_a_number(message: JointState) -> None:
+        message.position[message.name.index(robot.joint_names[1])] = math.nan
+
+    def double(message: JointState) -> None:
+        message.name = [*message.name, message.name[0]]
+        message.position = [*message.position, 0.0]
+
+    def unstamped(message: JointState) -> None:
+        message.header.stamp = time_message(0)
+
+    faults: list[tuple[dict[str, Any], str]] = [
+        ({"frame": wrong_size}, f"/test/{robot.raw_camera.key}.*16x16"),
+        ({"frame": cut}, f"/test/{robot.raw_camera.key}.*truncated"),
+        ({"frame": wrong_encoding}, f"/test/{robot.raw_camera.key}.*bayer_rggb8"),
+        ({"joints": lose}, f"missing {robot.joint_names[0]}"),
+        ({"joints": not_a_number}, f"{robot.joint_names[1]} is not a finite"),
+        ({"joints": double}, "named more than once"),
+        ({"joints": unstamped}, "unstamped.*joint_state"),
+    ]
+    if robot.compressed_cameras:
+
+        def corrupt(message: CompressedImage) -> None:
+            message.data = b"\xff\xd8\xff" + bytes(100) + b"\xff\xd9"
+
+        key = robot.compressed_cameras[0].key
+        faults.append(({"jpeg": corrupt}, f"/test/{key}.*corrupt"))
+
+    for fault, words in faults:
+        robot.until(
+            partial(robot.says, "inference", words),
+            f"hold with {words!r}",
+            partial(robot.observe, **fault),
+        )
+        # Once the fault is told, nothing may come out of it.
+        robot.forget()
+        for _ in range(3):
+            robot.observe(**fault)
+            robot.spin(PUBLISH_PERIOD_S)
+        assert not robot.chunks, words
+        robot.until(lambda: robot.pairs(), f"a chunk after {words!r}", robot.observe)
+
+
+def test_silent_and_stale_streams_are_named_and_recovered_from(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node(max_observation_age_s=1.0)
+    raw = robot.raw_camera.key
+    robot.until(
+        lambda: f"no message from camera {raw}" in robot.status("inference"),
+        "the camera that never came",
+        lambda: robot.observe(skip=(raw,)),
+    )
+    assert not robot.chunks
+    robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
+    for stream, name in ((raw, f"camera {raw}"), ("joint_state", "joint_state")):
+        without_it = partial(robot.observe, skip=(stream,))
+        words = f"^holding: stale: {name}"
+        robot.until(partial(robot.says, "inference", words), f"stale {name}", without_it)
+        robot.until(partial(robot.says, name, "^stale"), f"status of {name}", without_it)
+        robot.forget()
+        robot.until(lambda: robot.pairs(), f"a chunk after stale {name}", robot.observe)
+    result = robot.set("max_observation_skew_s", 0.0)
+    assert result.successful, result.reason
+    robot.until(
+        lambda: "skewed" in robot.status("inference"),
+        "skew",
+        lambda: robot.observe(
+            joints=lambda message: setattr(
+                message.header,
+                "stamp",
+                time_message(stamp_ns(message.header) - 100_000_000),
+            )
+        ),
+    )
+
+
+def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node(instruction="")
+    robot.until(lambda: robot.status("instruction"), "diagnostics", robot.observe)
+    robot.until(lambda: "holding: instruction" in robot.status("inference"), "hold", robot.observe)
+    assert not robot.chunks
+    robot.instructions.publish(String(data="open the drawer"))
+    chunk, info = robot.until(lambda: robot.pairs(), "chunk after instruction", robot.observe)[0]
+    assert info["instruction"] == "open the drawer"
+    np.testing.assert_allclose(
+        [list(point.positions) for point in chunk.points],
+        robot.expected(info),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    for unusable in ("x" * 10_000, "", "   "):
+        robot.instructions.publish(String(data=unusable))
+        robot.until(
+            lambda: "holding: instruction" in robot.status("inference"), "hold", robot.observe
+        )
+        robot.forget()
+        for _ in range(3):
+            robot.observe()
+            robot.spin(PUBLISH_PERIOD_S)
+        assert not robot.chunks, f"{len(unusable)} characters"
+        result = robot.set("instruction", "close the drawer")
+        assert result.successful, result.reason
+        robot.until(lambda: robot.pairs(), "chunk after good instruction", robot.observe)
+        assert {info["instruction"] for info in robot.infos} == {"close the drawer"}
+
+
+def test_transitions_can_be_retried_and_publish_only_while_active(
+    start_node: StartNode, robot: Robot, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    node = start_node(bundle=str(tmp_path / "nothing"), autostart=False)
+    assert robot.state() == "unconfigured"
+    assert not robot.change(Transition.TRANSITION_CONFIGURE)
+    assert robot.state() == "unconfigured"
+    assert str(tmp_path / "nothing") in node.text()
+    robot.until(
+        lambda: robot.status("engine").startswith("configuring failed"), "reason on /diagnostics"
+    )
+
+    assert robot.set("bundle", str(tiny_bundle)).successful
+    for activations in (2, 1):
+        assert robot.change(Transition.TRANSITION_CONFIGURE)
+        refused = robot.set("bundle", "/elsewhere")
+        assert not refused.successful
+        assert "cleanup" in refused.reason
+        for _ in range(5):
+            robot.observe()
+            robot.spin(PUBLISH_PERIOD_S)
+        assert not robot.chunks
+        for _ in range(activations):
+            assert robot.change(Transition.TRANSITION_ACTIVATE)
+            robot.until(lambda: robot.pairs(), "a chunk while active", robot.observe)
+            assert robot.change(Transition.TRANSITION_DEACTIVATE)
+            robot.spin(PUBLISH_PERIOD_S)  # what was on its way before the answer
+            robot.forget()
+            for _ in range(5):
+                robot.observe()
+                robot.spin(PUBLISH_PERIOD_S)
+            assert not robot.chunks, "a chunk after deactivate"
+        assert robot.change(Transition.TRANSITION_CLEANUP)
+        assert robot.state() == "unconfigured"
+
+    assert robot.change(Transition.TRANSITION_CONFIGURE)
+    assert robot.change(Transition.TRANSITION_ACTIVATE)
+    assert robot.change(Transition.TRANSITION_ACTIVE_SHUTDOWN)
+    assert robot.state() == "finalized"
+    assert node.end(signal.SIGTERM) == 0
+    assert "Traceback" not in node.text()
+
+
+def test_looped_bag_never_mixes_its_passes_and_repeats_its_chunks(
+    start_node: StartNode, robot: Robot
+) -> None:
+    # With these limits nothing but the jump itself tells the passes apart.
+    start_node(use_sim_time=True, max_observation_age_s=600.0, max_observation_skew_s=600.0)
+    period_ns, length_ns = 200_000_000, 5_000_000_000
+    clock_ns = start_ns = 0
+
+    def tick() -> None:
+        nonlocal clock_ns
+        clock_ns += period_ns
+        robot.clock.publish(Clock(clock=time_message(clock_ns)))
+        robot.observe(clock_ns)
+
+    def pass_is_over() -> bool:
+        return len(robot.pairs()) >= 4 and clock_ns > start_ns + length_ns
+
+    def play(start: int) -> dict[str, list[list[float]]]:
+        nonlocal clock_ns, start_ns
+        clock_ns = start_ns = start
+        robot.restart_content()
+        robot.forget()
+        robot.until(pass_is_over, "a pass", tick)
+        return {
+            json.dumps(info["streams"]): [list(point.positions) for point in chunk.points]
+            for chunk, info in robot.pairs()
+        }
+
+    play(1_000_000_000_000)
+    first = play(500_000_000_000)
+    for streams in map(json.loads, first):
+        stamps = [stream["stamp_ns"] for stream in streams.values()]
+        assert max(stamps) < 1_000_000_000_000 or min(stamps) >= 1_000_000_000_000, (
+            "frames of two passes in one observation"
+        )
+    again: dict[str, list[list[float]]] = {}
+    end = time.monotonic() + DEADLINE_S
+    # Which frames are lost differs from pass to pass.
+    while not first.keys() & again.keys():
+        assert time.monotonic() < end, "no observation was met in two passes"
+        again |= play(500_000_000_000)
+    for key in first.keys() & again.keys():
+        np.testing.assert_allclose(first[key], again[key], rtol=1e-6)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_the_node_cleanly(
+    start_node: StartNode, robot: Robot, number: signal.Signals
+) -> None:
+    node = start_node()
+    robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
+    robot.observe()
+    assert node.end(number) == 0
+    assert "Traceback" not in node.text()
+
+
+def test_signal_while_the_bundle_is_loading_ends_the_node_cleanly(start_node: StartNode) -> None:
+    node = start_node()
+    end = time.monotonic() + DEADLINE_S
+    while "loading bundle" not in node.text():
+        assert time.monotonic() < end
+        assert node.process.poll() is None
+        time.sleep(0.01)
+    assert node.end(signal.SIGTERM) == 0
+    assert "Traceback" not in node.text()
+
+
+def test_wrong_parameter_ends_the_node_with_one_message(start_node: StartNode) -> None:
+    node = start_node(inference_rate_hz=0.0)
+    assert node.process.wait(DEADLINE_S) == 2
+    assert "'inference_rate_hz'" in node.text()
+    assert "Traceback" not in node.text()
+
+
+class Bench:
+    """The inference worker with the real policy, driven without DDS."""
+
+    def __init__(self, policy: Policy) -> None:
+        self.instruction = INSTRUCTION
+        self.published: list[tuple[ActionChunk, str, int]] = []
+        self.before_read: Callable[[], None] = lambda: None
+        self.buffer = ObservationBuffer(
+            [Stream("camera", "/camera", True), Stream("joints", "/joints", False)]
+        )
+        self.record = InferenceRecord()
+        self._policy = policy
+        self._parameters = NodeParameters(
+            **{name.replace(".", "_"): entry.default for name, entry in PARAMETERS.items()}
+            | {"inference_rate_hz": 100.0}
+        )
+        self.worker = InferenceWorker(
+            policy,
+            self.buffer,
+            Host(
+                parameters=lambda: self._parameters,
+                instruction=lambda: self.instruction,
+                now_ns=time.time_ns,
+                read=self._read,
+                publish=lambda chunk, snapshot, instruction, number: self.published.append(
+                    (chunk, instruction, number)
+                ),
+            ),
+            self.record,
+            logging.getLogger("bench"),
+        )
+
+    def _read(self, snapshot: Snapshot, instruction: str) -> Observation:
+        self.before_read()
+        robot = self._policy.robot
+        return Observation(
+            {c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in robot.cameras},
+            {key: np.zeros(len(j), np.float32) for key, j in robot.state_joints.items()},
+            instruction,
+            snapshot.stamp_ns,
+        )
+
+    def feed(self) -> None:
+        stamp = time.time_ns()
+        self.buffer.store("joints", None, stamp)
+        self.buffer.store("camera", None, stamp)
+
+    def until(self, met: Callable[[], Any], publish: bool = True) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not met():
+            assert time.monotonic() < end
+            if publish:
+                self.feed()
+            time.sleep(0.02)
+
+
+@pytest.fixture
+def bench(policy: Policy) -> Iterator[Bench]:
+    made = Bench(policy)
+    made.worker.start()
+    yield made
+    made.before_read = lambda: None
+    assert made.worker.stop(DEADLINE_S)
+
+
+def test_chunk_of_an_instruction_that_changed_meanwhile_is_dropped(bench: Bench) -> None:
+    def change() -> None:
+        bench.instruction += "!"
+
+    bench.before_read = change
+    bench.until(lambda: bench.record.report().holds.get("overtaken", 0) >= 3)
+    assert not bench.published
+    bench.before_read = lambda: None
+    bench.until(lambda: bench.published)
+    assert bench.published[0][1] == bench.instruction
+
+
+def test_chunk_from_before_a_time_jump_is_dropped(bench: Bench) -> None:
+    bench.before_read = bench.buffer.clear
+    bench.until(lambda: bench.record.report().holds.get("overtaken", 0) >= 3)
+    assert not bench.published
+
+
+def test_nothing_is_published_after_stop_though_an_inference_is_under_way(bench: Bench) -> None:
+    reading, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        reading.set()
+        assert release.wait(DEADLINE_S)
+
+    bench.before_read = hang
+    bench.until(reading.is_set)
+    assert not bench.worker.stop(0.05), "a worker that hangs must not count as ended"
+    release.set()
+    assert bench.worker.stop(DEADLINE_S)
+    assert not bench.published
+    assert bench.record.report().state == "stopped"
+
+
+def test_bug_in_the_inference_is_counted_and_survived(bench: Bench) -> None:
+    def fail() -> None:
+        raise ZeroDivisionError("made for this test")
+
+    bench.before_read = fail
+    bench.until(lambda: bench.record.report().errors.get("ZeroDivisionError", 0) >= 2)
+    report = bench.record.report()
+    assert report.hold is not None
+    assert "made for this test" in report.hold.message
+    bench.before_read = lambda: None
+    bench.until(lambda: bench.published)
+    assert bench.record.report().hold is None
+
+
+def test_rate_is_a_limit_and_every_chunk_is_numbered(policy: Policy) -> None:
+    bench = Bench(policy)
+    bench._parameters = dataclasses.replace(bench._parameters, inference_rate_hz=4.0)
+    bench.worker.start()
+    start = time.monotonic()
+    bench.until(lambda: len(bench.published) >= 4)
+    elapsed = time.monotonic() - start
+    assert bench.worker.stop(DEADLINE_S)
+    assert [number for _, _, number in bench.published] == list(range(len(bench.published)))
+    assert elapsed >= 3 / 4.0 * 0.95
