@@ -20,7 +20,8 @@ import pyarrow.parquet
 
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.files import atomic_directory
-from groot_int8_ros.policy.types import Float32Array, Float64Array, UInt8Array
+from groot_int8_ros.policy.types import Float32Array, UInt8Array
+from offline_tools.dataset.statistics import dimension_statistics
 from offline_tools.dataset.video import write_rgb_frames
 
 _CHUNKS_SIZE = 1000
@@ -131,7 +132,7 @@ def write_dataset(
         _write_json(
             meta / "stats.json",
             {
-                column: _statistics(np.concatenate(parts))
+                column: dimension_statistics(np.concatenate(parts))
                 for column, parts in recorded.items()
                 if parts
             },
@@ -269,19 +270,6 @@ def _spans(joints: Mapping[str, Sequence[str]]) -> dict[str, dict[str, int]]:
     return {
         key: {"start": end - len(names), "end": end}
         for (key, names), end in zip(joints.items(), ends, strict=True)
-    }
-
-
-def _statistics(values: Float32Array) -> dict[str, list[float]]:
-    """Compute GR00T's statistics of each dimension over all frames; values have shape (T, D)."""
-    wide: Float64Array = values.astype(np.float64)
-    return {
-        "mean": wide.mean(axis=0).tolist(),
-        "std": wide.std(axis=0).tolist(),
-        "min": wide.min(axis=0).tolist(),
-        "max": wide.max(axis=0).tolist(),
-        "q01": np.quantile(wide, 0.01, axis=0).tolist(),
-        "q99": np.quantile(wide, 0.99, axis=0).tolist(),
     }
 
 

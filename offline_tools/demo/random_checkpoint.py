@@ -24,6 +24,7 @@ from groot_int8_ros.policy.files import atomic_directory
 from groot_int8_ros.policy.processor import PUBLIC_EMBODIMENT_IDS
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
+from offline_tools.dataset.statistics import dimension_statistics
 from offline_tools.demo.small_tokenizer import IMAGE_TOKEN, write_small_tokenizer
 from offline_tools.model.checkpoint import expected_keys
 from offline_tools.model.configuration import (
@@ -222,15 +223,19 @@ def _statistics(dataset: LeRobotDataset, relative: tuple[str, ...]) -> dict[str,
     episodes = [dataset.episode(info.index) for info in dataset.episodes]
     return {
         "state": {
-            key: _summary(np.concatenate([episode.state[key] for episode in episodes]))
+            key: dimension_statistics(np.concatenate([episode.state[key] for episode in episodes]))
             for key in dataset.state_keys
         },
         "action": {
-            key: _summary(np.concatenate([episode.action[key] for episode in episodes]))
+            key: dimension_statistics(
+                np.concatenate([episode.action[key] for episode in episodes])
+            )
             for key in dataset.action_keys
         },
         "relative_action": {
-            key: _summary(np.concatenate([_relative_chunks(episode, key) for episode in episodes]))
+            key: dimension_statistics(
+                np.concatenate([_relative_chunks(episode, key) for episode in episodes])
+            )
             for key in relative
         },
     }
@@ -242,18 +247,6 @@ def _relative_chunks(episode: Episode, key: str) -> Float32Array:
     rows = np.arange(len(action))[:, None] + np.arange(ACTION_HORIZON)
     chunks: Float32Array = action[np.minimum(rows, len(action) - 1)] - state[:, None]
     return chunks
-
-
-def _summary(values: Float32Array) -> dict[str, Any]:
-    exact = values.astype(np.float64)
-    return {
-        "min": exact.min(axis=0).tolist(),
-        "max": exact.max(axis=0).tolist(),
-        "mean": exact.mean(axis=0).tolist(),
-        "std": exact.std(axis=0).tolist(),
-        "q01": np.quantile(exact, 0.01, axis=0).tolist(),
-        "q99": np.quantile(exact, 0.99, axis=0).tolist(),
-    }
 
 
 def _write_weights(folder: Path, config: ModelConfig, seed: int) -> None:

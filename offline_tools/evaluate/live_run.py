@@ -30,6 +30,15 @@ LARGE_IMAGE_TRANSPORTS = (
     "LARGE_DATA?max_msg_size=4MB&sockets_size=4MB&non_blocking=true&tcp_negotiation_timeout=50"
 )
 
+# A recorded frame can be sent again, so a busy machine need not lose it; and what comes late must
+# not count as stale, since it is the recording that is judged, not this machine.
+PLAYBACK_PARAMETERS: Mapping[str, Any] = {
+    "sensor_qos.reliability": "reliable",
+    "sensor_qos.depth": 5,
+    "max_observation_age_s": 2.0,
+    "max_observation_skew_s": 0.5,
+}
+
 _NODE_NAME = "policy_node"
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
@@ -99,7 +108,8 @@ def run_live(
 
     Args:
         bag: rosbag2 with the topics that the parameters name.
-        parameters: The node's parameters; `use_sim_time` and `autostart` are added.
+        parameters: The node's parameters; `PLAYBACK_PARAMETERS`, `use_sim_time` and `autostart`
+            are added.
         folder: Where `parameters.yaml` and both processes' logs go.
         rate: Speed of the bag.
         report: Called with a line of progress at a time.
@@ -111,7 +121,12 @@ def run_live(
 
     isolate_ros()
     folder.mkdir(parents=True, exist_ok=True)
-    settings = {**parameters, "use_sim_time": True, "autostart": True}
+    settings = {
+        **PLAYBACK_PARAMETERS,
+        **parameters,
+        "use_sim_time": True,
+        "autostart": True,
+    }
     parameter_file = folder / "parameters.yaml"
     parameter_file.write_text(
         yaml.safe_dump({"/**": {"ros__parameters": settings}}), encoding="utf-8"

@@ -27,11 +27,6 @@ pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run"
 FRAMES = 90
 RATE = 0.5
 ENOUGH_CHUNKS = 5
-LIVE_PARAMETERS = {
-    "inference_rate_hz": 4.0,
-    "sensor_qos.reliability": "reliable",
-    "sensor_qos.depth": 5,
-}
 
 
 @pytest.fixture(scope="module")
@@ -56,9 +51,8 @@ def g1_bundle(g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def play_episode(dataset: Path, episode: int, bundle: Path, folder: Path) -> LiveRun:
     convert_episode(dataset, episode, folder / "bag", BagOptions(max_frames=FRAMES))
-    return run_live(
-        folder / "bag", {"bundle": str(bundle), **LIVE_PARAMETERS}, folder / "run", rate=RATE
-    )
+    parameters = {"bundle": str(bundle), "inference_rate_hz": 4.0}
+    return run_live(folder / "bag", parameters, folder / "run", rate=RATE)
 
 
 @pytest.mark.slow
