@@ -35,8 +35,8 @@ IR_VERSION = 8
 # What torch's exporter writes natively.
 _TRACED_OPSET = 18
 
-# Constants up to this many elements are folded: shapes and scalars, but no weights.
-_FOLD_ELEMENTS = 64
+# Constants up to this many elements are folded: shapes, scalars and small tables, but no weights.
+_FOLD_ELEMENTS = 1024
 
 WeightSource = Callable[[str], torch.Tensor]
 
@@ -102,10 +102,11 @@ def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
     model: ir.Model = program.model
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     _bind_weights(model, weights, names)
+    # Before folding: the optimizer would transpose the weights itself, and keep them all in memory.
+    transpose_weights_once(model)
     onnxscript.optimizer.optimize_ir(
         model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
     )
-    transpose_weights_once(model)
     lower_opset(model)
     name_nodes(model)
     _name_axes(model, spec)
