@@ -5,15 +5,18 @@ torch, rclpy or any step at import time: a subcommand's module is imported when 
 so the steps that a robot needs run on a machine without torch.
 
 Exit codes: 0 done; 1 a check found that something is not right; 2 the input, the options or the
-machine need a change, said in one message; 130 interrupted.
+machine need a change, said in one message; 130 interrupted (SIGINT); 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from typing import Protocol, cast
 
 from groot_int8_ros import __version__
@@ -22,6 +25,7 @@ from groot_int8_ros.errors import GrootError
 EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 # Subcommand -> (module, one line of help), in the order in which a user meets them.
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -59,6 +63,26 @@ class Subcommand(Protocol):
         """Do the step and return the exit code."""
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the step stands, so that it cleans up as after Ctrl-C."""
+
+
+@contextlib.contextmanager
+def _unwinding_on_sigterm() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python delivers signals to the main thread alone
+        return
+
+    def stop(_number: int, _frame: object) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+
+
 def _overview() -> str:
     width = max(map(len, SUBCOMMANDS))
     lines = [f"  {name:{width}}  {text}" for name, (_, text) in SUBCOMMANDS.items()]
@@ -84,12 +108,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     module_name, help_text = SUBCOMMANDS[chosen.subcommand]
     try:
-        module = cast("Subcommand", importlib.import_module(module_name))
-        step = argparse.ArgumentParser(
-            prog=f"groot-int8 {chosen.subcommand}", description=help_text
-        )
-        module.configure(step)
-        return module.run(step.parse_args(chosen.arguments))
+        with _unwinding_on_sigterm():
+            module = cast("Subcommand", importlib.import_module(module_name))
+            step = argparse.ArgumentParser(
+                prog=f"groot-int8 {chosen.subcommand}", description=help_text
+            )
+            module.configure(step)
+            return module.run(step.parse_args(chosen.arguments))
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] in {"groot_int8_ros", "offline_tools"}:
             raise
@@ -102,6 +127,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GrootError as error:
         print(f"groot-int8: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except _Terminated:
+        print("groot-int8: terminated; nothing half-written was kept.", file=sys.stderr)
+        return EXIT_TERMINATED
     except KeyboardInterrupt:
         print("groot-int8: interrupted; nothing half-written was kept.", file=sys.stderr)
         return EXIT_INTERRUPTED

@@ -1,12 +1,15 @@
 """Fixtures and settings that every test shares.
 
-Owns: where recorded reference data is looked for, and the environment that keeps tests from
-leaving this machine. Tests import nothing from here; they take fixtures by name.
+Owns: where recorded reference data is looked for, the environment that keeps tests from leaving
+this machine, and the generated dataset, checkpoints and bundles. Tracing a bundle takes most of a
+minute, so each is exported once and damaged only in copies. Tests import nothing from here; they take fixtures by name.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -66,3 +69,95 @@ def golden_dir(shared_data_dir: Path) -> Path:
 def g1_dataset_dir(shared_data_dir: Path) -> Path:
     """Three real episodes of a Unitree G1 as a LeRobot v2.1 dataset."""
     return _folder_in(shared_data_dir, "data/g1_pick_bottle")
+
+
+@pytest.fixture(scope="session")
+def tiny_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One generated episode of the six-joint arm with its two cameras. Tests only read it."""
+    pytest.importorskip("av", reason="generating a dataset needs PyAV")
+    from offline_tools.demo.arm_dataset import write_arm_dataset
+
+    folder = tmp_path_factory.mktemp("tiny") / "dataset"
+    write_arm_dataset(folder, episodes=1, frames=45, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_dataset: Path) -> Path:
+    """An N1.6-shaped checkpoint for that arm, with random weights. Tests only read it."""
+    _require_torch()
+    from offline_tools.dataset.lerobot import LeRobotDataset
+    from offline_tools.demo.random_checkpoint import write_random_checkpoint
+
+    folder = tiny_dataset.parent / "checkpoint"
+    write_random_checkpoint(
+        folder, LeRobotDataset.open(tiny_dataset), seed=0, absolute_keys=("gripper",)
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
+    """The tiny checkpoint in float32 with two denoising steps. Tests only read it."""
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+    folder = tiny_checkpoint.parent / "bundle"
+    write_bundle(
+        ExportOptions(
+            checkpoint=tiny_checkpoint,
+            bundle=folder,
+            dataset=tiny_dataset,
+            precision="fp32",
+            denoising_steps=2,
+        ),
+        report=lambda _: None,
+    )
+    return folder
+
+
+@pytest.fixture
+def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
+    """A copy of the tiny bundle, to be damaged."""
+    return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def minimal_checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As the tiny checkpoint, with as few layers as there are kinds of them: quick to trace."""
+    _require_torch()
+    from offline_tools.dataset.lerobot import LeRobotDataset
+    from offline_tools.demo import random_checkpoint
+
+    folder = tmp_path_factory.mktemp("minimal") / "checkpoint"
+    tiny = random_checkpoint.SIZES["tiny"]
+    minimal = replace(
+        tiny,
+        vision=replace(tiny.vision, layers=1),
+        language=replace(tiny.language, layers=1),
+        # Cross-attention to text, self-attention, cross-attention to images.
+        dit=replace(tiny.dit, layers=3),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(random_checkpoint.SIZES, "minimal", minimal)
+        random_checkpoint.write_random_checkpoint(
+            folder, LeRobotDataset.open(tiny_dataset), size="minimal", absolute_keys=("gripper",)
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def fp16_bundle(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
+    """The minimal checkpoint in half precision. Tests only read it."""
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+    folder = minimal_checkpoint.parent / "bundle"
+    write_bundle(
+        ExportOptions(checkpoint=minimal_checkpoint, bundle=folder, dataset=tiny_dataset),
+        report=lambda _: None,
+    )
+    return folder
+
+
+def _require_torch() -> None:
+    for name in ("torch", "transformers", "safetensors"):
+        pytest.importorskip(name, reason=f"checkpoints need {name}")

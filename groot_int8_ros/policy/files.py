@@ -85,29 +85,29 @@ def atomic_directory(target: Path) -> Iterator[Path]:
         OutputError: The folder cannot be made or written, or the disk is full.
     """
     target = target.absolute()
+    working: Path | None = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(
+        working = Path(
             tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{target.name}-", dir=target.parent)
         )
-        temporary.chmod(0o777 & ~_current_umask())
-    except OSError as error:
-        raise _explain(error, target) from error
-    try:
+        temporary, retired = working / "new", working / "old"
+        temporary.mkdir()
         yield temporary
-        if target.exists():
-            retired = Path(
-                tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{target.name}-", dir=target.parent)
-            )
-            os.replace(target, retired / "old")
+        try:
+            if target.exists():
+                os.replace(target, retired)
             os.replace(temporary, target)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(temporary, target)
+        except BaseException:
+            # Also for an interrupt between the two renames: the old content is still whole.
+            if retired.exists() and not target.exists():
+                os.replace(retired, target)
+            raise
     except OSError as error:
         raise _explain(error, target) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if working is not None:
+            shutil.rmtree(working, ignore_errors=True)
 
 
 def _current_umask() -> int:

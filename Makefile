@@ -1,0 +1,85 @@
+# `make demo` and `make test` are the two commands of the README; both set up .venv first.
+#
+#   PYTHON=python3.11    the interpreter that .venv is made from (3.10 to 3.12)
+#   DEMO_ARGS="..."      options of `groot-int8 demo`
+#   PYTEST_ARGS="..."    options of pytest
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+# The environment is up to date when the content it was made from is, whatever the file times say.
+digest = $(shell cat $(1) | sha256sum | cut -c 1-16)
+LOCK_STAMP := $(VENV)/.locked-$(call digest,requirements.lock)
+PACKAGE_STAMP := $(VENV)/.installed-$(call digest,setup.py setup.cfg groot_int8_ros/__init__.py)
+
+# -qq: an index that pip is configured with but that lacks a package is a page of warnings, not news.
+PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
+
+.PHONY: help setup test demo format lock clean
+
+help:
+	@echo "make demo    the whole road on generated data (options: DEMO_ARGS)"
+	@echo "make test    format, lint, types and tests (options of pytest: PYTEST_ARGS)"
+	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
+	@echo "make format  rewrite the code in the project's format"
+	@echo "make lock    choose the newest versions anew and write requirements.lock"
+	@echo "make clean   remove .venv and what builds and tests left behind"
+
+setup: $(PACKAGE_STAMP)
+	@:
+
+$(LOCK_STAMP):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' || { \
+	    echo "make: $(PYTHON) is $$($(PYTHON) --version 2>&1), and the locked versions are for" \
+	         "Python 3.10 to 3.12; run 'make $(MAKECMDGOALS) PYTHON=python3.11'" >&2; exit 1; }
+	@if ! $(BIN)/python -m pip --version >/dev/null 2>&1; then \
+	    if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	        if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+	            echo "setup: $(PYTHON) has no venv module; installing the package python3-venv"; \
+	            apt-get update -qq && apt-get install -y -qq python3-venv; \
+	        else \
+	            echo "make: $(PYTHON) cannot make virtual environments; install it," \
+	                 "for example with 'sudo apt install python3-venv', and run make again" >&2; \
+	            exit 1; \
+	        fi; \
+	    fi; \
+	    echo "setup: making $(VENV) with $$($(PYTHON) --version)"; \
+	    $(PYTHON) -m venv --clear $(VENV); \
+	fi
+	@echo "setup: installing requirements.lock into $(VENV); the first time takes minutes"
+	@$(PIP_INSTALL) --requirement requirements.lock
+	@rm -f $(VENV)/.locked-* && touch $@
+
+$(PACKAGE_STAMP): $(LOCK_STAMP)
+	@echo "setup: installing this package into $(VENV), editable"
+	@$(PIP_INSTALL) --no-deps --no-build-isolation --editable .
+	@$(BIN)/groot-int8 --version >/dev/null
+	@rm -f $(VENV)/.installed-* && touch $@
+
+test: setup
+	@echo "test: format" && $(BIN)/ruff format --quiet --check .
+	@echo "test: lint" && $(BIN)/ruff check --quiet .
+	@echo "test: types" && $(BIN)/mypy
+	@echo "test: pytest" && $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: setup
+	@$(BIN)/groot-int8 demo $(DEMO_ARGS)
+
+format: setup
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: setup
+	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
+	    --extra ros --extra offline --extra rtx --extra dev \
+	    --custom-compile-command 'make lock' --output-file requirements.lock setup.py
+
+clean:
+	@rm -rf $(VENV) build dist install log .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf *.egg-info
+	@find groot_int8_ros offline_tools launch test -name __pycache__ -prune -exec rm -rf {} +
