@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +103,12 @@ def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
     model: ir.Model = program.model
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     _bind_weights(model, weights, names)
-    # Before folding: the optimizer would transpose the weights itself, and keep them all in memory.
+    # Before folding: the optimizer would transpose the weights itself and keep them in memory.
     transpose_weights_once(model)
     onnxscript.optimizer.optimize_ir(
         model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
     )
+    slice_whole_shapes(model)
     lower_opset(model)
     name_nodes(model)
     _name_axes(model, spec)
@@ -144,6 +146,8 @@ def transpose_weights_once(model: ir.Model) -> None:
         stored = weight.const_value
         shape = [_length(stored.shape[axis]) for axis in permutation]
         name = f"{weight.name}.transposed"
+        if permutation != [1, 0]:
+            name += "".join(f"_{axis}" for axis in permutation)
         if name not in graph.initializers:
             graph.register_initializer(
                 ir.Value(
@@ -155,6 +159,28 @@ def transpose_weights_once(model: ir.Model) -> None:
             )
         _replace(node, graph.initializers[name])
     _drop_unused_initializers(graph)
+
+
+def slice_whole_shapes(model: ir.Model) -> None:
+    """Replace `Shape` with a start and an end by a slice of the whole shape.
+
+    Opset 15 gave `Shape` these attributes, and the parser of TensorRT 8.6 ignores them without a
+    word: it takes the whole shape for the part, and crashes later. (Seen with 8.6.1.)
+    """
+    graph = model.graph
+    for node in list(graph):
+        if node.op_type != "Shape" or not {"start", "end"} & set(node.attributes):
+            continue
+        bounds = [
+            node.attributes[name].as_int() if name in node.attributes else default
+            for name, default in (("start", 0), ("end", 2**31 - 1))
+        ]
+        whole = ir.node("Shape", inputs=[node.inputs[0]])
+        part = ir.node("Slice", inputs=[whole.outputs[0], *_constants(graph, *bounds)])
+        part.outputs[0].type = node.outputs[0].type
+        part.outputs[0].shape = node.outputs[0].shape
+        graph.insert_before(node, [whole, part])
+        _replace(node, part.outputs[0])
 
 
 def lower_opset(model: ir.Model) -> None:
@@ -186,15 +212,19 @@ def name_nodes(model: ir.Model) -> None:
     """Name each matrix product after the layer whose weight it uses.
 
     The names are how quantisation and audit speak of layers, so they must not depend on the
-    tracer's counters: `backbone.language_model.model.layers.0.mlp.down_proj` names its node.
+    tracer's counters: `backbone.language_model.model.layers.0.mlp.down_proj` names its node. A
+    layer that is used again gets a number behind its name, as names must be unique.
     """
+    uses: Counter[str] = Counter()
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm") or node.inputs[1] is None:
             continue
         weight = node.inputs[1]
         if weight.is_initializer() and weight.name is not None:
             layer = weight.name.removesuffix(".transposed").removesuffix(".weight")
-            node.name = f"{layer}/{node.op_type}"
+            name = f"{layer}/{node.op_type}"
+            node.name = f"{name}_{uses[name]}" if uses[name] else name
+            uses[name] += 1
 
 
 def _with_default_dtype(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
@@ -276,6 +306,25 @@ def _transposed(
         name=name,
         cache=False,
     )
+
+
+def _constants(graph: ir.Graph, *numbers: int) -> list[ir.Value]:
+    """Return int64 initializers of shape (1,), one for each number."""
+    values = []
+    for number in numbers:
+        name = f"constant_{number}"
+        if name not in graph.initializers:
+            tensor = ir.tensor([number], dtype=ir.DataType.INT64, name=name)
+            graph.register_initializer(
+                ir.Value(
+                    name=name,
+                    type=ir.TensorType(ir.DataType.INT64),
+                    shape=ir.Shape([1]),
+                    const_value=tensor,
+                )
+            )
+        values.append(graph.initializers[name])
+    return values
 
 
 def _replace(node: ir.Node, value: ir.Value) -> None:
