@@ -63,24 +63,6 @@ INSTRUCTION = "pick up the cube"
 ROBOT_PREFIX = "robot/"
 
 
-@pytest.fixture(scope="session")
-def tiny_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A generated checkpoint of the real shape, exported."""
-    pytest.importorskip("torch", reason="exporting the bundle needs torch")
-    pytest.importorskip("transformers", reason="exporting the bundle needs transformers")
-    from offline_tools.cli import main
-
-    folder = tmp_path_factory.mktemp("tiny")
-    dataset, checkpoint, bundle = folder / "dataset", folder / "checkpoint", folder / "bundle"
-    for command in (
-        ["make-dataset", "--output", dataset],
-        ["make-checkpoint", "--dataset", dataset, "--output", checkpoint],
-        ["export", "--checkpoint", checkpoint, "--dataset", dataset, "--bundle", bundle],
-    ):
-        assert main([str(word) for word in command]) == 0
-    return bundle
-
-
 @pytest.fixture(scope="module")
 def policy(tiny_bundle: Path) -> Iterator[Policy]:
     loaded = Policy.load(tiny_bundle, threads=1)

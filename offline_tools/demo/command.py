@@ -25,7 +25,6 @@ from offline_tools.demo.random_checkpoint import write_random_checkpoint
 from offline_tools.evaluate.live_run import LiveRun, run_live
 from offline_tools.evaluate.recompute import Recomputed, recompute
 
-_FRAMES = 240
 _STAGES = ("read", "preprocess", "backbone", "action_head", "postprocess", "total")
 # A chunk crosses DDS as float64 and is computed from radians that were degrees: float32 rounding.
 _TOLERANCE = 1e-5
@@ -37,6 +36,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+    parser.add_argument(
+        "--frames", type=int, default=240, help="length of the episode at 30 Hz (default: 240)"
+    )
     parser.add_argument(
         "--rate", type=float, default=1.0, help="speed of the bag (default: %(default)s)"
     )
@@ -51,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
     paths = {name: output / name for name in ("dataset", "checkpoint", "bundle", "bag", "run")}
 
     _step("1/6 a generated episode and an N1.6-shaped checkpoint with random weights")
-    write_arm_dataset(paths["dataset"], episodes=1, frames=_FRAMES, seed=args.seed)
+    write_arm_dataset(paths["dataset"], episodes=1, frames=args.frames, seed=args.seed)
     dataset = LeRobotDataset.open(paths["dataset"])
     write_random_checkpoint(
         paths["checkpoint"], dataset, seed=args.seed, absolute_keys=("gripper",)

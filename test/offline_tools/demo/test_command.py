@@ -1,0 +1,44 @@
+"""The demonstration is the first thing that a newcomer runs: it must work, and be able to fail."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
+
+
+def run_demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "offline_tools.cli", "demo", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+def test_the_demo_runs_the_whole_road_and_leaves_its_picture(tmp_path: Path) -> None:
+    output = tmp_path / "demo"
+    done = run_demo("--output", output, "--frames", "120", "--rate", "0.7")
+    assert done.returncode == 0, done.stdout + done.stderr
+    table = dict(
+        line.split("  ", 1) for line in done.stdout.split("6/6")[1].splitlines() if "  " in line
+    )
+    assert int(table["chunks published"]) >= 5
+    assert "latency, action_head" in table
+    assert (output / "predicted_vs_recorded.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("years of work")
+    done = run_demo("--output", tmp_path)
+    assert done.returncode == 2
+    assert "was not made by this command" in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
