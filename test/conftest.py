@@ -2,13 +2,17 @@
 
 Owns: where recorded reference data is looked for, the environment that keeps tests from leaving
 this machine, and the generated dataset, checkpoints and bundles. Tracing a bundle takes most of a
-minute, so each is exported once and damaged only in copies. Tests import nothing from here; they take fixtures by name.
+minute, so each is exported once and damaged only in copies. Tests import nothing from here; they
+take fixtures by name.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +123,21 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle, to be damaged."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def reseal() -> Callable[[Path], None]:
+    """Writes the hashes and sizes of a bundle's files as they are now into its manifest."""
+
+    def write(bundle: Path) -> None:
+        manifest = bundle / "manifest.json"
+        content = json.loads(manifest.read_text())
+        for name, record in content["files"].items():
+            data = (bundle / name).read_bytes()
+            record.update(sha256=hashlib.sha256(data).hexdigest(), bytes=len(data))
+        manifest.write_text(json.dumps(content))
+
+    return write
 
 
 @pytest.fixture(scope="session")

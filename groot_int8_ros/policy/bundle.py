@@ -296,12 +296,16 @@ def _describe(specs: Mapping[str, TensorSpec]) -> str:
 def _check_file(folder: Path, name: str, sha256: str, size: int, *, verify_hashes: bool) -> None:
     path = folder / name
     again = _EXPORT_AGAIN.format(folder=folder)
-    if not path.is_file():
-        raise BundleError(f"the bundle lacks {path}. {again}")
-    found = path.stat().st_size
+    try:
+        if not path.is_file():
+            raise BundleError(f"the bundle lacks {path}. {again}")
+        found = path.stat().st_size
+        changed = verify_hashes and found == size and sha256_of_file(path) != sha256
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read: {error.strerror or error}. {again}") from error
     if found != size:
         raise BundleError(f"{path} has {found} bytes instead of {size}. {again}")
-    if verify_hashes and sha256_of_file(path) != sha256:
+    if changed:
         raise BundleError(f"{path} is not the file that was exported (SHA-256 differs). {again}")
 
 

@@ -31,9 +31,12 @@ def sha256_of_file(path: Path) -> str:
 
 
 def _explain(error: OSError, target: Path) -> OutputError:
+    # NumPy reports a write that was cut short without an errno.
+    reason = error.strerror or f"the disk may be full ({error})"
+    where = f" ({error.filename})" if error.filename else ""
     return OutputError(
-        f"cannot write {target}: {error.strerror or error}. Nothing was left behind; free space "
-        "or choose a folder that is writable, then run the command again."
+        f"cannot write {target}: {reason}{where}. Nothing was left behind; free space or choose a "
+        "folder that is writable, then run the command again."
     )
 
 

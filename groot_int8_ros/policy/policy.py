@@ -43,10 +43,10 @@ def draw_noise(seed: int, stamp_ns: int, shape: tuple[int, ...]) -> Float32Array
         Standard normal values, float32.
 
     Raises:
-        ValueError: The seed is out of range.
+        ObservationError: The seed is out of range.
     """
     if not 0 <= seed < 2**32:
-        raise ValueError(f"the seed must be from 0 to 2**32 - 1, not {seed}")
+        raise ObservationError(f"the seed must be from 0 to 2**32 - 1, not {seed}")
     stamp = stamp_ns % 2**64
     state = np.random.RandomState([seed, stamp & 0xFFFFFFFF, stamp >> 32])
     return state.standard_normal(shape).astype(np.float32)

@@ -101,7 +101,8 @@ def load_robot(path: Path) -> RobotDescription:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the robot description {path}: {error}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # PyYAML lets a date such as 2026-13-01 through to its constructor's ValueError.
         raise ConfigurationError(
             f"the robot description {path} is not valid YAML: {error}"
         ) from error
@@ -170,9 +171,13 @@ def _positive(value: object, what: str, source: str) -> float:
 
 
 def _number(value: object, what: str, source: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    try:
+        number = float(value) if isinstance(value, (int, float)) else math.nan
+    except OverflowError:  # an integer beyond the range of floats
+        number = math.nan
+    if isinstance(value, bool) or not math.isfinite(number):
         raise ConfigurationError(f"{source}: {what} must be a finite number, not {value!r:.80}")
-    return float(value)
+    return number
 
 
 def _parse_cameras(value: object, source: str) -> tuple[CameraSpec, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.types import Float32Array, Float64Array, UInt8Array
 from offline_tools.dataset.lerobot_writer import NewEpisode, write_dataset
 
@@ -40,8 +41,11 @@ def write_arm_dataset(folder: Path, *, episodes: int, frames: int, seed: int) ->
         seed: Seed of motion and scene.
 
     Raises:
+        ConfigurationError: No episode is asked for.
         OutputError: The folder cannot be written.
     """
+    if episodes < 1:
+        raise ConfigurationError(f"a dataset needs at least one episode, not {episodes}")
     write_dataset(
         folder,
         (_episode(np.random.RandomState([seed, index]), frames) for index in range(episodes)),

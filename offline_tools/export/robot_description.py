@@ -31,12 +31,15 @@ def describe_robot(
         dataset: LeRobot v2.1 dataset, or None.
 
     Raises:
-        ConfigurationError: Neither source gives a camera's size or the action period, or a joint
-            list does not have the width of its key.
+        ConfigurationError: Neither source gives a camera's size or the action period, the robot
+            file names a camera or key that the checkpoint lacks, or a joint list does not have the
+            width of its key.
         DatasetError: The dataset cannot be read.
     """
     given = load_robot(robot_file) if robot_file else None
     recorded = _from_dataset(processor, dataset) if dataset else None
+    if given is not None:
+        _refuse_unused(processor, given, str(robot_file))
     sources = [source for source in (given, recorded) if source is not None]
     if not sources:
         raise ConfigurationError(
@@ -62,6 +65,20 @@ def describe_robot(
         action_joints=action_joints,
         action_period_s=sources[0].action_period_s,
     )
+
+
+def _refuse_unused(processor: Processor, robot: RobotDescription, source: str) -> None:
+    # A misspelt name would silently leave that camera or mapping to the dataset or the defaults.
+    for what, given, known in (
+        ("cameras", [camera.key for camera in robot.cameras], processor.cameras),
+        ("state_joints", robot.state_joints, [key.key for key in processor.state_keys]),
+        ("action_joints", robot.action_joints, [key.key for key in processor.action_keys]),
+    ):
+        unknown = sorted(set(given) - set(known))
+        if unknown:
+            raise ConfigurationError(
+                f"{source}: the checkpoint has no {what}.{unknown[0]}; it has {', '.join(known)}"
+            )
 
 
 def _from_dataset(processor: Processor, path: Path) -> RobotDescription:

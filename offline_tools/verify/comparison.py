@@ -61,25 +61,29 @@ def compare(
     a, b = reference.astype(np.float64).ravel(), found.astype(np.float64).ravel()
     if not a.size:
         raise ValueError(f"{name}: nothing to compare")
-    error = np.abs(a - b)
-    norms = np.linalg.norm(a) * np.linalg.norm(b)
-    # Two zero tensors agree; a zero tensor and another one have nothing in common.
-    cosine = float(a @ b / norms) if norms else float(not error.any())
-    scale = float(np.linalg.norm(a))
-    p99 = float(np.percentile(error, 99))
+    # What is not finite gives NaN figures, and a NaN passes no threshold.
+    with np.errstate(invalid="ignore"):
+        error = np.abs(a - b)
+        norms = np.linalg.norm(a) * np.linalg.norm(b)
+        # Two zero tensors agree; a zero tensor and another one have nothing in common.
+        cosine = float(a @ b / norms) if norms else float(not error.any())
+        scale = float(np.linalg.norm(a))
+        relative_l2 = float(np.linalg.norm(error) / scale) if scale else float(error.any())
+        p99 = float(np.percentile(error, 99))
     return Comparison(
         name=name,
         cosine=cosine,
-        relative_l2=float(np.linalg.norm(error)) / scale if scale else float(error.any()),
+        relative_l2=relative_l2,
         p99_absolute=p99,
         max_absolute=float(error.max()),
-        # A NaN makes every comparison false, and so the check fail.
         passed=bool(cosine >= MIN_COSINE and p99 < atol and np.isfinite(b).all()),
     )
 
 
 def compare_masks(name: str, reference: NDArray[Any], found: NDArray[Any]) -> Comparison:
     """Compare two masks, which must be equal."""
+    if reference.shape != found.shape:
+        raise ValueError(f"{name}: shapes {reference.shape} and {found.shape} differ")
     differing = float(np.mean(reference != found))
     return Comparison(
         name=name,

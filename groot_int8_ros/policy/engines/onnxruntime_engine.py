@@ -81,7 +81,11 @@ class OnnxRuntimeEngine:
         """Run the graph once; see `Engine.run`."""
         if self._session is None:
             raise RuntimeError(f"{self._path.name} was closed")
-        values = self._session.run(list(self._outputs), self._checked(feeds))
+        checked = self._checked(feeds)
+        try:
+            values = self._session.run(list(self._outputs), checked)
+        except Exception as error:
+            raise EngineError(f"{self._path.name} failed: {_first_line(error)}") from error
         return dict(zip(self._outputs, values, strict=True))
 
     def close(self) -> None:

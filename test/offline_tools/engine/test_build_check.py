@@ -1,0 +1,130 @@
+"""Hazards of a graph that no TensorRT takes: an operator it lacks, types it does not mix."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.bundle import GRAPH_FILES, GraphRecord
+from groot_int8_ros.policy.engines import TensorSpec
+from offline_tools.cli import main
+from offline_tools.engine.rtx import check_build
+
+needs_tensorrt_rtx = pytest.mark.skipif(
+    subprocess.run(
+        [sys.executable, "-c", "import tensorrt_rtx"], capture_output=True, check=False
+    ).returncode
+    != 0,
+    reason="TensorRT-RTX cannot be imported: pip install tensorrt-rtx-cu13 (Linux x86-64)",
+)
+
+
+@needs_tensorrt_rtx
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "fp16_bundle"])
+def test_every_exported_graph_is_parsed_and_built(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], fixture: str
+) -> None:
+    bundle: Path = request.getfixturevalue(fixture)
+    assert main(["build-check", "--bundle", str(bundle)]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(rows) == set(GRAPH_FILES)
+    precision = {"tiny_bundle": "fp32", "fp16_bundle": "fp16"}[fixture]
+    assert rows["backbone"][1] == rows["dit"][1] == precision
+    # A graph that was folded away would pass as well.
+    assert int(rows["backbone"][2]) > 200
+    assert int(rows["dit"][2]) > 200
+
+
+@needs_tensorrt_rtx
+def test_one_graph_can_be_checked_alone(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["build-check", "--bundle", str(tiny_bundle), "--graph", "action_decoder"]
+    assert main(words) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [
+        "graph",
+        "action_decoder",
+    ]
+
+
+def _write(path: Path, nodes: list[onnx.NodeProto], dtype: int) -> GraphRecord:
+    weight = np.eye(4, dtype=np.float16 if dtype == TensorProto.FLOAT16 else np.float32)
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", 4])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    imports = [helper.make_opsetid("", 17), helper.make_opsetid("unknown.domain", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=imports, ir_version=8), path)
+    spec = TensorSpec("float32", ("batch", 4))
+    return GraphRecord(file=path.name, precision="fp32", inputs={"x": spec}, outputs={"y": spec})
+
+
+@needs_tensorrt_rtx
+def test_a_plain_graph_is_accepted(tmp_path: Path) -> None:
+    path = tmp_path / "plain.onnx"
+    record = _write(path, [helper.make_node("MatMul", ["x", "w"], ["y"])], TensorProto.FLOAT)
+    result = check_build(path, record, {"batch": 4})
+    assert result.layers > 0
+    assert result.engine_bytes > 0
+
+
+@needs_tensorrt_rtx
+@pytest.mark.parametrize(
+    ("node", "dtype", "message"),
+    [
+        (
+            helper.make_node("Invented", ["x", "w"], ["y"], domain="unknown.domain"),
+            TensorProto.FLOAT,
+            "tensorrt_rtx cannot parse .*refused.onnx: .*Invented",
+        ),
+        (
+            helper.make_node("MatMul", ["x", "w"], ["y"]),
+            TensorProto.FLOAT16,
+            "tensorrt_rtx cannot (parse|build) .*refused.onnx: .+",
+        ),
+    ],
+)
+def test_operator_or_mixture_of_types_that_it_lacks_is_refused(
+    tmp_path: Path, node: onnx.NodeProto, dtype: int, message: str
+) -> None:
+    path = tmp_path / "refused.onnx"
+    record = _write(path, [node], dtype)
+    with pytest.raises(EngineError, match=message):
+        check_build(path, record, {"batch": 4})
+
+
+def test_library_that_is_missing_is_named_with_the_way_to_get_it(
+    tiny_bundle: Path, repository_root: Path
+) -> None:
+    code = (
+        "import sys; sys.modules['tensorrt_rtx'] = None; from offline_tools.cli import main; "
+        f"sys.exit(main(['build-check', '--bundle', {str(tiny_bundle)!r}]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 2
+    assert "tensorrt_rtx is not installed: pip install tensorrt-rtx-cu13" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_folder_that_is_no_bundle_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-check", "--bundle", str(tmp_path)]) == 2
+    assert "is not a bundle" in capsys.readouterr().err

@@ -1,0 +1,306 @@
+"""Hazards of inference: noise that cannot be drawn again, steps run wrong, values not finite.
+
+The recorded reference is the public implementation's own answer to raw images, state and
+instruction; the other tests run a generated policy.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from groot_int8_ros.errors import EngineError, ObservationError
+from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy, draw_noise
+from groot_int8_ros.policy.types import Observation
+
+RELATIVE_TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_bundle: Path) -> Iterator[Policy]:
+    loaded = Policy.load(tiny_bundle, threads=2)
+    yield loaded
+    loaded.close()
+
+
+def _observation(policy: Policy, stamp_ns: int = 1_700_000_000_123_456_789) -> Observation:
+    random = np.random.RandomState(5)
+    return Observation(
+        images={
+            camera.key: random.randint(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+            for camera in policy.robot.cameras
+        },
+        state={
+            key.key: np.asarray(random.uniform(-1, 1, key.dim), np.float32)
+            for key in policy.processor.state_keys
+        },
+        instruction="Put the red cube into the green bowl.",
+        stamp_ns=stamp_ns,
+    )
+
+
+def test_chunk_is_dated_scheduled_and_typed_as_documented(policy: Policy) -> None:
+    observation = _observation(policy)
+    chunk = policy.infer(observation, seed=3)
+    assert chunk.stamp_ns == observation.stamp_ns
+    assert chunk.seed == 3
+    # The arm's dataset has 30 frames a second; the checkpoint decodes 16 steps.
+    np.testing.assert_allclose(chunk.time_from_start_s, np.arange(16) / 30.0, atol=1e-12)
+    shapes = {key: (value.shape, value.dtype) for key, value in chunk.actions.items()}
+    assert shapes == {
+        "single_arm": ((16, 5), np.dtype(np.float32)),
+        "gripper": ((16, 1), np.dtype(np.float32)),
+    }
+    assert chunk.action_pred.shape == policy.noise_shape
+    stages = {name: seconds for name, seconds in chunk.timings_s.items() if name != "total"}
+    assert set(stages) == {"preprocess", "backbone", "action_head", "postprocess"}
+    assert 0 < sum(stages.values()) <= chunk.timings_s["total"]
+
+
+def test_same_seed_and_stamp_give_the_same_chunk_to_the_bit(policy: Policy) -> None:
+    first, second = (policy.infer(_observation(policy), seed=3) for _ in range(2))
+    np.testing.assert_array_equal(first.action_pred, second.action_pred)
+    for key, actions in first.actions.items():
+        np.testing.assert_array_equal(actions, second.actions[key])
+
+
+def test_another_stamp_or_seed_gives_another_chunk(policy: Policy) -> None:
+    chunks = [
+        policy.infer(_observation(policy), seed=3),
+        policy.infer(_observation(policy), seed=4),
+        policy.infer(_observation(policy, stamp_ns=1_700_000_000_123_456_790), seed=3),
+        policy.infer(_observation(policy, stamp_ns=123_456_789), seed=3),
+    ]
+    for index, one in enumerate(chunks):
+        for other in chunks[:index]:
+            assert np.abs(one.action_pred - other.action_pred).max() > 0.1
+
+
+def test_seed_that_is_not_given_is_the_default_and_is_reported(policy: Policy) -> None:
+    chunk = policy.infer(_observation(policy))
+    assert chunk.seed == DEFAULT_SEED
+    again = policy.infer(_observation(policy), seed=chunk.seed)
+    np.testing.assert_array_equal(chunk.action_pred, again.action_pred)
+
+
+def test_explicit_noise_is_used_as_it_is(policy: Policy) -> None:
+    observation = _observation(policy)
+    noise = draw_noise(3, observation.stamp_ns, policy.noise_shape)
+    chunk = policy.infer(observation, noise=noise)
+    assert chunk.seed is None
+    np.testing.assert_array_equal(chunk.action_pred, policy.infer(observation, seed=3).action_pred)
+    other = policy.infer(observation, noise=np.zeros_like(noise))
+    assert np.abs(chunk.action_pred - other.action_pred).max() > 0.1
+
+
+def test_noise_and_seed_together_are_refused(policy: Policy) -> None:
+    with pytest.raises(ObservationError, match="either noise or a seed, not both"):
+        policy.infer(_observation(policy), noise=np.zeros(policy.noise_shape, np.float32), seed=1)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda noise: noise[:-1],
+        lambda noise: noise[None],
+        lambda noise: noise[:, :1],
+        lambda noise: np.where(np.eye(*noise.shape) > 0, np.nan, noise),
+        lambda noise: np.where(np.eye(*noise.shape) > 0, np.inf, noise),
+    ],
+)
+def test_noise_of_another_shape_or_not_finite_is_refused(
+    policy: Policy, spoil: Callable[[NDArray[Any]], NDArray[Any]]
+) -> None:
+    noise = spoil(np.zeros(policy.noise_shape, np.float32))
+    with pytest.raises(ObservationError, match="the noise must be finite and of shape"):
+        policy.infer(_observation(policy), noise=noise)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seed_out_of_range_is_an_observation_error(policy: Policy, seed: int) -> None:
+    with pytest.raises(ObservationError, match="seed must be from 0 to"):
+        policy.infer(_observation(policy), seed=seed)
+
+
+def test_frame_of_another_size_is_refused_before_any_graph_runs(policy: Policy) -> None:
+    observation = _observation(policy)
+    images = {**observation.images, "wrist": np.zeros((240, 320, 3), np.uint8)}
+    with pytest.raises(ObservationError, match="wrist"):
+        policy.infer(replace(observation, images=images))
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 2**32 - 1), st.integers(-(2**63), 2**63 - 1)),
+        min_size=2,
+        max_size=2,
+        unique=True,
+    )
+)
+def test_each_seed_and_stamp_has_a_stream_of_its_own(pairs: list[tuple[int, int]]) -> None:
+    first, second = (draw_noise(seed, stamp, (16, 29)) for seed, stamp in pairs)
+    # Two independent draws of 464 values correlate with a standard deviation of 0.046.
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.35
+
+
+def test_noise_is_standard_normal() -> None:
+    # As it is used: many small draws, one a stamp.
+    noise = np.concatenate(
+        [draw_noise(7, 33_333_333 * step, (16, 29)).ravel() for step in range(500)]
+    ).astype(np.float64)
+    assert noise.size == 232_000
+    # Six standard deviations of each estimate.
+    assert abs(noise.mean()) < 6 / np.sqrt(noise.size)
+    assert abs(noise.var() - 1) < 6 * np.sqrt(2 / noise.size)
+    assert abs((noise**3).mean()) < 6 * np.sqrt(15 / noise.size)
+    assert abs((noise**4).mean() - 3) < 6 * np.sqrt(96 / noise.size)
+    # And 3.2 of a million normal values lie outside of 4.66 sigma: the tails are not cut off.
+    assert 4.0 < np.abs(noise).max() < 6.0
+    steps = noise.reshape(500, -1)
+    assert abs((steps[1:] * steps[:-1]).mean()) < 6 / np.sqrt(noise.size)
+
+
+def test_noise_is_the_same_in_another_process() -> None:
+    code = (
+        "from groot_int8_ros.policy.policy import draw_noise; "
+        "print(draw_noise(7, 1_700_000_000_123_456_789, (16, 29)).tobytes().hex())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path)), "PYTHONHASHSEED": "123"},
+    )
+    expected = draw_noise(7, 1_700_000_000_123_456_789, (16, 29))
+    assert bytes.fromhex(done.stdout.strip()) == expected.tobytes()
+
+
+_INFER_WITHOUT_TORCH = """
+import sys
+for name in ("torch", "transformers", "onnx", "onnxscript", "rclpy", "offline_tools"):
+    sys.modules[name] = None  # makes an import fail as where the package is not installed
+from pathlib import Path
+import numpy as np
+from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.types import Observation
+policy = Policy.load(Path(sys.argv[1]), threads=1)
+chunk = policy.infer(
+    Observation(
+        images={c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in policy.robot.cameras},
+        state={k.key: np.zeros(k.dim, np.float32) for k in policy.processor.state_keys},
+        instruction="hold still",
+    )
+)
+print(chunk.action_pred.shape)
+"""
+
+
+def test_robot_needs_neither_torch_nor_ros_nor_the_workstation_side(tiny_bundle: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _INFER_WITHOUT_TORCH, str(tiny_bundle)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env={"PYTHONPATH": ":".join(filter(None, sys.path))},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(16, 29)"
+
+
+def test_answer_that_is_not_finite_never_becomes_a_chunk(
+    bundle_copy: Path, reseal: Callable[[Path], None]
+) -> None:
+    weights = bundle_copy / "onnx" / "action_decoder.onnx.data"
+    weights.write_bytes(b"\xff" * weights.stat().st_size)  # NaN in float32
+    reseal(bundle_copy)
+    policy = Policy.load(bundle_copy, threads=1)
+    with pytest.raises(EngineError, match="NaN or infinity"):
+        policy.infer(_observation(policy))
+    policy.close()
+
+
+def test_policy_that_was_closed_says_so(tiny_bundle: Path) -> None:
+    policy = Policy.load(tiny_bundle, threads=1)
+    observation = _observation(policy)
+    policy.close()
+    with pytest.raises(RuntimeError, match="was closed"):
+        policy.infer(observation)
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The recorded checkpoint as a bundle in float32 with four denoising steps."""
+    pytest.importorskip("torch", reason="exporting the recorded checkpoint needs torch")
+    pytest.importorskip("transformers", reason="exporting needs transformers")
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+    folder = tmp_path_factory.mktemp("golden")
+    robot = folder / "robot.yaml"
+    robot.write_text(
+        "action_period_s: 0.05\n"
+        "cameras:\n"
+        "  front: {width: 640, height: 480}\n"
+        "  wrist: {width: 640, height: 480}\n"
+    )
+    write_bundle(
+        ExportOptions(
+            checkpoint=golden_dir / "checkpoint",
+            bundle=folder / "bundle",
+            tokenizer=golden_dir / "tokenizer",
+            eagle_config=golden_dir / "eagle_config.json",
+            robot=robot,
+            precision="fp32",
+        ),
+        report=lambda _: None,
+    )
+    return folder / "bundle"
+
+
+def _relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
+    expected, found = expected.astype(np.float64), found.astype(np.float64)
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_recorded_observations_give_the_recorded_actions(
+    golden_dir: Path, golden_bundle: Path, tmp_path: Path, steps: int
+) -> None:
+    bundle = Path(shutil.copytree(golden_bundle, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["denoising_steps"] == 4
+    manifest["denoising_steps"] = steps
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    policy = Policy.load(bundle, threads=2)
+    recorded = json.loads((golden_dir / "observations.json").read_text())
+    assert recorded
+    for entry in recorded:
+        with np.load(golden_dir / f"golden_obs{entry['index']}.npz") as arrays:
+            observation = Observation(
+                images={camera: arrays[f"image.{camera}"] for camera in entry["cameras"]},
+                state={
+                    key: np.array(values[0], np.float32) for key, values in entry["state"].items()
+                },
+                instruction=entry["instruction"],
+            )
+            chunk = policy.infer(observation, noise=arrays["noise"][0])
+            expected = arrays[f"n{steps}.action_pred"][0]
+            decoded = {key: arrays[f"n{steps}.decoded.{key}"][0] for key in chunk.actions}
+        assert _relative_error(expected, chunk.action_pred) < RELATIVE_TOLERANCE
+        for key, actions in chunk.actions.items():
+            assert _relative_error(decoded[key], actions) < RELATIVE_TOLERANCE, key
+    policy.close()
