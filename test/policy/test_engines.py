@@ -90,7 +90,7 @@ def test_a_run_that_fails_is_an_engine_error_and_the_engine_stays_usable(
     path = tiny_bundle / "onnx" / "backbone_model.onnx"
     engine = load_engine("onnxruntime", path, threads=1)
     height, width = engine.inputs["pixel_values"].shape[2:]
-    feed = {
+    feed: dict[str, NDArray[Any]] = {
         # No embedding has this number.
         "input_ids": np.full((1, 4), 10**6, np.int64),
         "attention_mask": np.ones((1, 4), np.int64),

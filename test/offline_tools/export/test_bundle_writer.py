@@ -24,7 +24,7 @@ from groot_int8_ros.policy.bundle import open_bundle
 from offline_tools.cli import main
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo import random_checkpoint
-from offline_tools.export import bundle_writer
+from offline_tools.export import bundle_writer, graph
 from offline_tools.export.graphs import ReferenceGraph, reference_graphs
 
 from .conftest import Exporter
@@ -404,7 +404,7 @@ def test_checkpoint_that_vanishes_during_the_export_is_no_output_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begin_with("action_decoder")
-    trace = bundle_writer.trace
+    trace = graph.trace
 
     def unplugged(*args: Any) -> Any:
         traced = trace(*args)

@@ -42,7 +42,7 @@ class _Layers(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         halves = torch.split(self.first(x), WIDTH, dim=-1)
-        y = self.norm(x + self.second(torch.cat([halves[1], halves[0]], dim=-1)))
+        y: Tensor = self.norm(x + self.second(torch.cat([halves[1], halves[0]], dim=-1)))
         return y - y.mean(dim=1, keepdim=True)
 
 
