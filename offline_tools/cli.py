@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol, cast
 
 from groot_int8_ros import __version__
@@ -24,8 +25,10 @@ from groot_int8_ros.errors import GrootError
 
 EXIT_CHECK_FAILED = 1
 EXIT_USER_ERROR = 2
-EXIT_INTERRUPTED = 130
-EXIT_TERMINATED = 143
+# A step that a signal ended returns this plus the signal's number, as shells do.
+EXIT_SIGNALLED = 128
+
+_RESEND_AFTER_S = 0.05
 
 # Subcommand -> (module, one line of help), in the order in which a user meets them.
 SUBCOMMANDS: dict[str, tuple[str, str]] = {
@@ -63,24 +66,54 @@ class Subcommand(Protocol):
         """Do the step and return the exit code."""
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, raised where the step stands, so that it cleans up as after Ctrl-C."""
+@dataclass
+class _StopRequest:
+    """Which signal asked the step to stop, if one did."""
+
+    number: int | None = None
 
 
 @contextlib.contextmanager
-def _unwinding_on_sigterm() -> Iterator[None]:
+def _unwinding_on_signals() -> Iterator[_StopRequest]:
+    """Let SIGINT and SIGTERM unwind the step where it stands, so that it cleans up."""
+    request = _StopRequest()
     if threading.current_thread() is not threading.main_thread():
-        yield  # Python delivers signals to the main thread alone
+        yield request  # Python delivers signals to the main thread alone
         return
 
-    def stop(_number: int, _frame: object) -> None:
-        raise _Terminated
+    def stop(number: int, _frame: object) -> None:
+        request.number = number
+        raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    # Python drops what is raised in a `__del__` or a weak reference's callback, of which torch has
+    # many: an interrupt that lands there is sent again.
+    main_thread = threading.main_thread().ident
+    report = sys.unraisablehook
+    resent: list[threading.Timer] = []
+
+    def resend(dropped: sys.UnraisableHookArgs) -> None:
+        if request.number is None or not issubclass(dropped.exc_type, KeyboardInterrupt):
+            report(dropped)
+            return
+        timer = threading.Timer(
+            _RESEND_AFTER_S, signal.pthread_kill, (main_thread, request.number)
+        )
+        resent.append(timer)
+        timer.start()
+
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, stop)
+    sys.unraisablehook = resend
     try:
-        yield
+        yield request
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        for timer in resent:
+            timer.cancel()
+        sys.unraisablehook = report
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
 
 def _overview() -> str:
@@ -106,33 +139,44 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     chosen = parser.parse_args(argv)
 
-    module_name, help_text = SUBCOMMANDS[chosen.subcommand]
-    try:
-        with _unwinding_on_sigterm():
-            module = cast("Subcommand", importlib.import_module(module_name))
-            step = argparse.ArgumentParser(
-                prog=f"groot-int8 {chosen.subcommand}", description=help_text
-            )
-            module.configure(step)
-            return module.run(step.parse_args(chosen.arguments))
-    except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] in {"groot_int8_ros", "offline_tools"}:
-            raise
+    with _unwinding_on_signals() as request:
+        try:
+            return _run_step(chosen.subcommand, chosen.arguments)
+        except (Exception, KeyboardInterrupt) as error:
+            # Torch's exporter turns an interrupt into an error of its own, so it is the signal
+            # that tells, not the type.
+            number = request.number
+            if number is None and isinstance(error, KeyboardInterrupt):
+                number = signal.SIGINT
+            if number is None:
+                return _explain(error)
+            what = "terminated" if number == signal.SIGTERM else "interrupted"
+            print(f"groot-int8: {what}; nothing half-written was kept.", file=sys.stderr)
+            return EXIT_SIGNALLED + number
+
+
+def _run_step(name: str, arguments: Sequence[str]) -> int:
+    module_name, help_text = SUBCOMMANDS[name]
+    module = cast("Subcommand", importlib.import_module(module_name))
+    step = argparse.ArgumentParser(prog=f"groot-int8 {name}", description=help_text)
+    module.configure(step)
+    return module.run(step.parse_args(arguments))
+
+
+def _explain(error: BaseException) -> int:
+    """Print what the user can mend and return the exit code; raise anything else again."""
+    if isinstance(error, GrootError):
+        print(f"groot-int8: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    own = {"groot_int8_ros", "offline_tools"}
+    if isinstance(error, ModuleNotFoundError) and (error.name or "").split(".")[0] not in own:
         print(
             f"groot-int8: this step needs the Python package '{error.name}', which is not "
             "installed; README.md, 'Install', lists what each step needs.",
             file=sys.stderr,
         )
         return EXIT_USER_ERROR
-    except GrootError as error:
-        print(f"groot-int8: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    except _Terminated:
-        print("groot-int8: terminated; nothing half-written was kept.", file=sys.stderr)
-        return EXIT_TERMINATED
-    except KeyboardInterrupt:
-        print("groot-int8: interrupted; nothing half-written was kept.", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    raise error
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,11 @@ SHARED_DATA_VARIABLE = "GROOT_SHARED_DATA"
 # neither DDS discovery nor a model hub may be reached from a test.
 os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# A shell starts background jobs with SIGINT ignored, and every process they start inherits that:
+# the tests that interrupt a command would wait in vain.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -145,7 +145,10 @@ def _step(title: str) -> None:
 def _must_pass(*arguments: str) -> None:
     start = time.perf_counter()
     print(f"$ groot-int8 {' '.join(arguments)}", flush=True)
-    if cli.main(arguments) != 0:
+    code = cli.main(arguments)
+    if code >= cli.EXIT_SIGNALLED:
+        raise KeyboardInterrupt
+    if code != 0:
         raise BundleError(f"`groot-int8 {arguments[0]}` failed; see above")
     print(f"  {time.perf_counter() - start:.1f} s")
 

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -185,6 +187,28 @@ def test_sigterm_unwinds_the_step_and_its_handler_is_taken_back(
     assert main(["step"]) == 143
     assert capsys.readouterr().err == "groot-int8: terminated; nothing half-written was kept.\n"
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+class _DroppingStep(_Step):
+    """Gets its signal where Python swallows what is raised: in a weak reference's callback."""
+
+    def run(self, args: object) -> int:
+        thing = threading.Event()
+        _ = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+        del thing
+        time.sleep(30)
+        raise AssertionError("the signal was lost")
+
+
+def test_signal_that_python_swallows_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "a_step", _DroppingStep(0))  # type: ignore[arg-type]
+    monkeypatch.setitem(cli.SUBCOMMANDS, "step", ("a_step", "a step"))
+    before = sys.unraisablehook
+    assert main(["step"]) == 143
+    assert capsys.readouterr().err == "groot-int8: terminated; nothing half-written was kept.\n"
+    assert sys.unraisablehook is before
 
 
 def test_step_runs_in_a_thread_where_signals_cannot_be_handled(

@@ -42,6 +42,7 @@ class Exporter:
         number: signal.Signals | None = None,
         when: str = "",
         delay_s: float = 0.0,
+        first_graph: str | None = None,
         file_limit_bytes: int | None = None,
     ) -> int:
         """Run a command and return its exit code, negative for the signal that killed it.
@@ -52,6 +53,7 @@ class Exporter:
             number: Signal to send to it, if any.
             when: The signal is sent after this text stands in the output ...
             delay_s: ... and this time has passed.
+            first_graph: Graph that is exported before the others.
             file_limit_bytes: No file may grow beyond this.
         """
         if not self._ready:
@@ -61,6 +63,7 @@ class Exporter:
         request = {
             "arguments": arguments,
             "log": str(log),
+            "first_graph": first_graph,
             "file_limit_bytes": file_limit_bytes,
         }
         assert self._process.stdin is not None

@@ -2,8 +2,8 @@
 
 Importing torch and its exporter takes longer than a small export; a test that interrupts an
 export at many moments would spend its time there. Each line of standard input is a JSON object
-with `arguments`, `log` (a file for the output) and `file_limit_bytes` (or null); the answers are
-the child's process id, and when it has ended, its exit code.
+with `arguments`, `log` (a file for the output), `first_graph` and `file_limit_bytes` (or null);
+the answers are the child's process id, and when it has ended, its exit code.
 """
 
 from __future__ import annotations
@@ -12,12 +12,30 @@ import json
 import os
 import resource
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
 
 from offline_tools.cli import main
+from offline_tools.export import bundle_writer
 from offline_tools.export.graph import GraphInput, GraphSpec, trace
+from offline_tools.export.graphs import ReferenceGraph, reference_graphs
+
+
+def beginning_with(name: str) -> Callable[..., dict[str, ReferenceGraph]]:
+    """Return `reference_graphs` in another order.
+
+    A small graph that is exported first shows what happens while graphs are written, without
+    waiting for the large ones to be traced.
+    """
+
+    def reordered(*args: Any, **kwargs: Any) -> dict[str, ReferenceGraph]:
+        graphs = reference_graphs(*args, **kwargs)
+        return {name: graphs.pop(name), **graphs}
+
+    return reordered
 
 
 def _run(request: dict[str, object]) -> int:
@@ -28,6 +46,9 @@ def _run(request: dict[str, object]) -> int:
     if isinstance(limit, int):
         # Python ignores SIGXFSZ, so that a write beyond the limit fails as on a full disk.
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    first = request["first_graph"]
+    if isinstance(first, str):
+        bundle_writer.reference_graphs = beginning_with(first)  # type: ignore[attr-defined]
     arguments = request["arguments"]
     assert isinstance(arguments, list)
     code = main([str(argument) for argument in arguments])

@@ -25,9 +25,9 @@ from offline_tools.cli import main
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo import random_checkpoint
 from offline_tools.export import bundle_writer, graph
-from offline_tools.export.graphs import ReferenceGraph, reference_graphs
 
 from .conftest import Exporter
+from .exporter import beginning_with
 
 Json = Any
 
@@ -349,11 +349,7 @@ def begin_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
     """Export one graph before the others, so that its failure need not wait for theirs."""
 
     def begin(name: str) -> None:
-        def reordered(*args: Any, **kwargs: Any) -> dict[str, ReferenceGraph]:
-            graphs = reference_graphs(*args, **kwargs)
-            return {name: graphs.pop(name), **graphs}
-
-        monkeypatch.setattr(bundle_writer, "reference_graphs", reordered)
+        monkeypatch.setattr(bundle_writer, "reference_graphs", beginning_with(name))
 
     return begin
 
@@ -424,22 +420,24 @@ def test_full_disk_during_the_export_is_one_message_and_nothing_is_kept(
     exporter: Exporter, arguments: list[str], output: Output, tmp_path: Path
 ) -> None:
     log = tmp_path / "log"
-    assert exporter.run(arguments, log, file_limit_bytes=100_000) == 2
+    assert exporter.run(arguments, log, first_graph="conditioner", file_limit_bytes=20_000) == 2
     text = log.read_text()
     assert f"groot-int8: cannot write {output.bundle}: the disk may be full" in text
     assert "Traceback" not in text
-    assert "backbone: writing weights" in text
+    assert "conditioner: writing weights" in text
     assert output.content() == {}
 
 
-# Drawn anew in each run and named in the test's output; the last is before any graph is written.
+# Drawn anew in each run and named in the test's output. The graphs come in an order in which the
+# delays reach from the command's first steps over the writing of weights to a later graph.
 _MOMENTS = [
-    pytest.param(number, when, round(random.uniform(0.0, longest_s), 3))
+    (number, when, round(random.uniform(0.0, longest_s), 3))
     for number, when, longest_s in (
-        (signal.SIGINT, "backbone: tracing", 6.0),
-        (signal.SIGTERM, "backbone: tracing", 6.0),
-        (signal.SIGTERM, "backbone: writing weights", 3.0),
         (signal.SIGINT, "", 0.5),
+        (signal.SIGINT, "action_decoder: tracing", 2.0),
+        (signal.SIGTERM, "action_decoder: writing weights", 0.3),
+        (signal.SIGINT, "action_encoder: tracing", 2.0),
+        (signal.SIGTERM, "backbone: tracing", 4.0),
     )
 ]
 
@@ -455,7 +453,10 @@ def test_interrupted_export_leaves_nothing(
     delay_s: float,
 ) -> None:
     log = tmp_path / "log"
-    code = exporter.run(arguments, log, number=number, when=when, delay_s=delay_s)
+    first = when.partition(":")[0] or None
+    code = exporter.run(
+        arguments, log, number=number, when=when, delay_s=delay_s, first_graph=first
+    )
     text = log.read_text()
     assert code == 128 + number, text
     assert "nothing half-written was kept" in text
@@ -480,12 +481,17 @@ def test_killed_export_leaves_no_folder_that_passes_for_a_bundle(
     exporter: Exporter, arguments: list[str], output: Output, tmp_path: Path
 ) -> None:
     code = exporter.run(
-        arguments, tmp_path / "log", number=signal.SIGKILL, when="backbone: writing weights"
+        arguments,
+        tmp_path / "log",
+        number=signal.SIGKILL,
+        when="action_decoder: done",
+        first_graph="action_decoder",
     )
     assert code == -signal.SIGKILL
     left = list(output.folder.iterdir())
     assert left
     assert all(path.name.startswith(".partial-bundle-") for path in left)
+    assert list(output.folder.rglob("action_decoder.onnx.data"))
     assert not list(output.folder.rglob("manifest.json"))
 
 
