@@ -40,6 +40,19 @@ def _explain(error: OSError, target: Path) -> OutputError:
     )
 
 
+def refuse_occupied(target: Path) -> None:
+    """Refuse to write where something is already.
+
+    Raises:
+        OutputError: `target` is a file, or a folder that is not empty.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise OutputError(
+            f"{target} exists and is not empty, so nothing was written to it: name a new folder, "
+            "or remove this one first"
+        )
+
+
 @contextlib.contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Give a temporary path to write to, renamed to `target` when the block ends well.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from groot_int8_ros.policy.files import refuse_occupied
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo.random_checkpoint import SIZES, write_random_checkpoint
 
@@ -39,6 +40,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate the checkpoint."""
+    refuse_occupied(args.output)
     write_random_checkpoint(
         args.output,
         LeRobotDataset.open(args.dataset),

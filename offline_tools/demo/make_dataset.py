@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from groot_int8_ros.policy.files import refuse_occupied
 from offline_tools.demo.arm_dataset import write_arm_dataset
 
 
@@ -23,6 +24,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate the dataset."""
+    refuse_occupied(args.output)
     write_arm_dataset(args.output, episodes=args.episodes, frames=args.frames, seed=args.seed)
     print(f"{args.output}: {args.episodes} episode(s) of {args.frames} frames")
     return 0
