@@ -75,7 +75,7 @@ class _StopRequest:
 
 @contextlib.contextmanager
 def _unwinding_on_signals() -> Iterator[_StopRequest]:
-    """Let SIGINT and SIGTERM unwind the step where it stands, so that it cleans up."""
+    """Let SIGINT, SIGTERM and SIGHUP unwind the step where it stands, so that it cleans up."""
     request = _StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python delivers signals to the main thread alone
@@ -102,7 +102,7 @@ def _unwinding_on_signals() -> Iterator[_StopRequest]:
         timer.start()
 
     previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is not signal.SIG_IGN:
             previous[number] = signal.signal(number, stop)
     sys.unraisablehook = resend
