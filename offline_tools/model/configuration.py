@@ -98,7 +98,7 @@ class DiTConfig:
         heads: Attention heads of a block.
         head_dim: Width of one head.
         output_dim: Width of the output head.
-        norm_eps: Epsilon of the norms inside the blocks.
+        norm_eps: Epsilon of the plain norm before a block's MLP.
         text_period: `attend_text_every_n_blocks`: of this many cross-attention blocks the first
             attends to text tokens and the others to image tokens.
         cross_dim: Width of the backbone features that cross-attention reads.
@@ -311,11 +311,13 @@ def _dit_config(config: _Fields, cross_dim: int) -> DiTConfig:
     fields.require("attention_bias", (True,), True)
     fields.require("activation_fn", ("gelu-approximate",), "gelu-approximate")
     fields.require("norm_elementwise_affine", (False,), False)
+    # The object is the reference's default as a whole or saved as a whole: what it lacks has the
+    # default of the reference's DiT class, which is not the public model's size.
     return DiTConfig(
-        layers=fields.size("num_layers", public.layers),
-        heads=fields.size("num_attention_heads", public.heads),
-        head_dim=fields.size("attention_head_dim", public.head_dim),
-        output_dim=fields.size("output_dim", public.output_dim),
+        layers=fields.size("num_layers", 12),
+        heads=fields.size("num_attention_heads", 8),
+        head_dim=fields.size("attention_head_dim", 64),
+        output_dim=fields.size("output_dim", 26),
         norm_eps=fields.number("norm_eps", public.norm_eps),
         text_period=period,
         cross_dim=cross_dim,

@@ -19,6 +19,8 @@ from offline_tools.model.configuration import DiTConfig
 
 TIMESTEP_CHANNELS = 256
 _LONGEST_PERIOD = 10000.0
+# The reference hands `norm_eps` to a block's plain norm only; the other two have fixed values.
+_ADAPTIVE_NORM_EPS = 1e-5
 _OUTPUT_NORM_EPS = 1e-6
 
 
@@ -74,16 +76,15 @@ class TimestepEncoder(nn.Module):
 class AdaptiveLayerNorm(nn.Module):
     """Layer norm whose scale and shift are linear in the activated time embedding."""
 
-    def __init__(self, width: int, eps: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.eps = eps
         self.linear = nn.Linear(width, 2 * width)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
         """Normalise tokens of shape (B, T, width) at times of shape (B, width)."""
         # Scale comes first here; the DiT's output head has them the other way round.
         scale, shift = self.linear(F.silu(time)).chunk(2, dim=1)
-        return _modulate(_plain_layer_norm(x, self.eps), scale, shift)
+        return _modulate(_plain_layer_norm(x, _ADAPTIVE_NORM_EPS), scale, shift)
 
 
 class Attention(nn.Module):
@@ -156,7 +157,7 @@ class Block(nn.Module):
     def __init__(self, config: DiTConfig, context_dim: int) -> None:
         super().__init__()
         self.eps = config.norm_eps
-        self.norm1 = AdaptiveLayerNorm(config.width, config.norm_eps)
+        self.norm1 = AdaptiveLayerNorm(config.width)
         self.attn1 = Attention(config, context_dim)
         self.ff = FeedForward(config.width)
 

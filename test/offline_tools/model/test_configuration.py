@@ -24,6 +24,21 @@ def test_an_empty_config_json_means_the_public_sizes(tmp_path: Path) -> None:
     assert any("eagle_config.json" in note for note in notes)
 
 
+def test_a_diffusion_config_without_sizes_means_those_of_the_references_dit_class(
+    tmp_path: Path,
+) -> None:
+    # Only an object that is absent as a whole means the public model's sizes.
+    sparse = {
+        "model_type": "Gr00tN1d6",
+        "diffusion_model_cfg": {"interleave_self_attention": True, "positional_embeddings": None},
+        "input_embedding_dim": 512,
+        "hidden_size": 26,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(sparse))
+    dit = load_model_config(tmp_path)[0].dit
+    assert (dit.layers, dit.heads, dit.head_dim, dit.output_dim) == (12, 8, 64, 26)
+
+
 def test_the_eagle_config_beside_the_checkpoint_gives_way_to_an_explicit_one(
     tiny: TinyCheckpoint, tmp_path: Path
 ) -> None:

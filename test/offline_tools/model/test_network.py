@@ -8,6 +8,8 @@ from torch import Tensor
 
 from offline_tools.model.action_head import slice_embodiment, time_bucket
 from offline_tools.model.checkpoint import load_model
+from offline_tools.model.configuration import DiTConfig
+from offline_tools.model.dit import Block
 from offline_tools.model.policy_model import GrootN16, ModelInputs
 
 if TYPE_CHECKING:
@@ -212,3 +214,15 @@ def test_time_buckets_are_those_of_the_reference() -> None:
     assert [time_bucket(step, 4, 1000) for step in range(4)] == [0, 250, 500, 750]
     # int(7 / 25 * 1000) is 280, int(14 / 25 * 1000) is 560: no rounding below.
     assert [time_bucket(step, 25, 1000) for step in (7, 14)] == [280, 560]
+
+
+def test_the_configured_epsilon_reaches_the_plain_norm_alone() -> None:
+    # Tokens of so small a variance that an epsilon decides how large their norm comes out.
+    tokens = 1e-3 * torch.randn(1, 3, 8, generator=torch.Generator().manual_seed(0))
+    time = torch.zeros(1, 8)
+    usual, coarse = (
+        Block(DiTConfig(heads=2, head_dim=4, norm_eps=eps), context_dim=8) for eps in (1e-5, 1e-2)
+    )
+    coarse.load_state_dict(usual.state_dict())
+    assert torch.equal(usual.norm1(tokens, time), coarse.norm1(tokens, time))
+    assert not torch.allclose(usual(tokens, time, None, None), coarse(tokens, time, None, None))
