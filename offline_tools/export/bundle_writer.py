@@ -32,7 +32,7 @@ from groot_int8_ros.policy.bundle import (
     Manifest,
 )
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.files import atomic_directory, sha256_of_file
+from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor, load_processor
 from offline_tools.export.graph import save, trace
@@ -93,7 +93,7 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         GrootError: The checkpoint, the options or the disk do not allow it; the bundle folder is
             then as it was before.
     """
-    _refuse_occupied(options)
+    refuse_occupied(options.bundle, marker=MANIFEST_FILE, what="a bundle", replace=options.force)
     processor = load_processor(options.checkpoint, options.embodiment)
     config, notes = load_model_config(options.checkpoint, options.eagle_config)
     _refuse_contradiction(processor, config)
@@ -155,21 +155,6 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _refuse_occupied(options: ExportOptions) -> None:
-    bundle = options.bundle
-    if not bundle.exists():
-        return
-    if not bundle.is_dir() or (any(bundle.iterdir()) and not (bundle / MANIFEST_FILE).is_file()):
-        raise OutputError(
-            f"{bundle} exists and is not a bundle, so nothing was written to it: name a new folder"
-        )
-    if any(bundle.iterdir()) and not options.force:
-        raise OutputError(
-            f"{bundle} already holds a bundle: add --force to replace it, engines and calibration "
-            "included, or name a new folder"
-        )
 
 
 def _refuse_contradiction(processor: Processor, config: ModelConfig) -> None:
