@@ -19,6 +19,7 @@ from groot_int8_ros.errors import BundleError
 from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from offline_tools import cli
+from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.bags.episode_to_bag import BagOptions
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
 from offline_tools.demo.arm_dataset import CAMERAS, FPS, JOINTS, write_arm_dataset
@@ -39,12 +40,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of data and weights (default: 0)")
     parser.add_argument(
-        "--frames", type=int, default=240, help="length of the episode at 30 Hz (default: 240)"
+        "--frames",
+        type=positive_int,
+        default=240,
+        help="length of the episode at 30 Hz (default: 240)",
     )
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="speed of the bag (default: %(default)s)"
+        "--rate", type=positive_float, default=1.0, help="speed of the bag (default: %(default)s)"
     )
 
 

@@ -190,16 +190,14 @@ sys.exit(cli.main(sys.argv[2:]))
 
 
 # One line stays in the buffer until the end; a million are more than any pipe holds.
-@pytest.mark.parametrize(
-    ("lines", "words"), [(1, ["step"]), (1_000_000, ["step"]), (0, ["--help"])]
-)
+@pytest.mark.parametrize("lines", [1, 1_000_000])
 def test_reader_that_has_gone_away_ends_the_command_quietly(
-    repository_root: Path, lines: int, words: list[str]
+    repository_root: Path, lines: int
 ) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-c", _PRINTING_STEP, str(lines), *words],
+        [sys.executable, "-c", _PRINTING_STEP, str(lines), "step"],
         cwd=repository_root,
         stdout=writer,
         stderr=subprocess.PIPE,
