@@ -9,9 +9,8 @@ import pytest
 
 pytest.importorskip("av", reason="generating a dataset needs PyAV")
 
-from groot_int8_ros.errors import OutputError
+from groot_int8_ros.errors import ConfigurationError, OutputError
 from groot_int8_ros.policy.types import Float32Array, UInt8Array
-from groot_int8_ros.errors import ConfigurationError
 from offline_tools.cli import main
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
 from offline_tools.demo.arm_dataset import write_arm_dataset
