@@ -17,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +37,10 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -47,6 +49,7 @@ from trajectory_msgs.msg import JointTrajectory
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
 from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.policy_node import PolicyNode
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
 from groot_int8_ros.ros.joints import stamp_ns, time_message
@@ -501,6 +504,81 @@ def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(
         assert result.successful, result.reason
         robot.until(lambda: robot.pairs(), "chunk after good instruction", robot.observe)
         assert {info["instruction"] for info in robot.infos} == {"close the drawer"}
+
+
+def test_instruction_that_was_latched_before_the_node_came_counts(
+    start_node: StartNode, robot: Robot
+) -> None:
+    # As a bag's player or `ros2 topic pub --qos-durability transient_local` keep theirs.
+    latched = robot.node.create_publisher(
+        String,
+        "/test/instruction",
+        QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL),
+    )
+    latched.publish(String(data="wipe the table"))
+    start_node(instruction="")
+    robot.until(lambda: robot.pairs(), "a chunk of the latched instruction", robot.observe)
+    assert {info["instruction"] for info in robot.infos} == {"wipe the table"}
+    # What was kept must not outlive a newer instruction of somebody else.
+    robot.instructions.publish(String(data="stack the cups"))
+    robot.until(
+        lambda: robot.infos[-1]["instruction"] == "stack the cups", "newer task", robot.observe
+    )
+    robot.forget()
+    robot.until(lambda: len(robot.infos) >= 3, "more chunks", robot.observe)
+    assert {info["instruction"] for info in robot.infos} == {"stack the cups"}
+
+
+def test_activate_works_again_once_a_hung_inference_has_returned(
+    robot: Robot, policy: Policy, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groot_int8_ros.policy_node.STOP_TIMEOUT_S", 0.2)
+    overrides = {
+        ".".join(path): value
+        for path, value in _leaves(robot_parameters(policy, tiny_bundle))
+        if path != ("autostart",)
+    }
+    node = PolicyNode(
+        context=robot.node.context,
+        parameter_overrides=[Parameter(name, value=value) for name, value in overrides.items()],
+    )
+    robot._executor.add_node(node)
+    hanging, release = threading.Event(), threading.Event()
+    try:
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        assert node._streams is not None
+        read = node._streams.read
+
+        def hang(*arguments: Any) -> Observation:
+            hanging.set()
+            assert release.wait(DEADLINE_S)
+            return read(*arguments)
+
+        monkeypatch.setattr(node._streams, "read", hang)
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        robot.until(hanging.is_set, "an inference under way", robot.observe)
+        assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+        assert node.trigger_activate() == TransitionCallbackReturn.FAILURE
+        release.set()
+        robot.until(
+            lambda: node.trigger_activate() == TransitionCallbackReturn.SUCCESS, "activation"
+        )
+        robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
+    finally:
+        release.set()
+        node.close()
+        robot._executor.remove_node(node)
+        node.destroy_node()
+
+
+def _leaves(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
 
 
 def test_transitions_can_be_retried_and_publish_only_while_active(

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     options = BagOptions()
     _must_pass(
         "episode-to-bag",
-        *("--dataset", str(paths["dataset"]), "--episode", "0", "--robot", str(robot_file)),
+        *("--dataset", str(paths["dataset"]), "--episode", "0", "--bundle", bundle),
         *("--output", str(paths["bag"]), "--force"),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
 from offline_tools.cli import SUBCOMMANDS
 
 _PLACEHOLDER = re.compile(r"@[A-Z][A-Z0-9_]*@|\b(?:TODO|FIXME|XXX|TBD)\b")
@@ -83,3 +84,14 @@ def _options_of(name: str) -> set[str]:
     except ModuleNotFoundError as error:
         pytest.skip(f"{name} needs {error.name}, which is not installed")
     return set(parser._option_string_actions)
+
+
+def test_transports_that_the_documentation_gives_are_those_of_the_tools(
+    repository_root: Path,
+) -> None:
+    for name in ("README.md", "config/policy.yaml"):
+        given = re.findall(
+            rf'{TRANSPORTS_VARIABLE}="([^"]*)"', (repository_root / name).read_text("utf-8")
+        )
+        assert given, name
+        assert set(given) == {LARGE_IMAGE_TRANSPORTS}, name
