@@ -52,6 +52,7 @@ from groot_int8_ros.ros.joints import stamp_ns, time_message
 
 DEADLINE_S = 120.0
 PUBLISH_PERIOD_S = 0.1
+ASK_AGAIN_S = 3.0
 # Within the range whose ports lie below Linux's ephemeral ones, another for each test process.
 DOMAIN_ID = 1 + os.getpid() % 100
 SEED = 11
@@ -140,6 +141,7 @@ class Robot:
         pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {states}")
 
     def call(self, client: Any, request: Any) -> Any:
+        self.state()  # once this is answered, other services' answers find their way, too
         self.until(client.service_is_ready, f"service {client.srv_name}")
         future = client.call_async(request)
         self.until(future.done, f"answer of {client.srv_name}")
@@ -150,7 +152,25 @@ class Robot:
         return bool(self.call(self._change, request).success)
 
     def state(self) -> str:
-        return str(self.call(self._state, GetState.Request()).current_state.label)
+        """Ask for the state until it is answered.
+
+        A service is ready when its requests can arrive; the answer to the first one is lost where
+        the service has not discovered the client yet. Asking again is harmless here only.
+        """
+        self.until(self._state.service_is_ready, "service get_state")
+        futures: list[Any] = []
+
+        def answered() -> list[Any]:
+            return [future for future in futures if future.done()]
+
+        def ask() -> None:
+            if not futures or time.monotonic() - asked[0] > ASK_AGAIN_S:
+                asked[0] = time.monotonic()
+                futures.append(self._state.call_async(GetState.Request()))
+
+        asked = [0.0]
+        future = self.until(answered, "answer of get_state", ask)[0]
+        return str(future.result().current_state.label)
 
     def set(self, name: str, value: Any) -> Any:
         request = SetParameters.Request(
