@@ -276,6 +276,13 @@ def _is_about(error: OSError, temporary: Path) -> bool:
     return inside[:1] == [True] or (error.errno is None and "written" in str(error))
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed `atomic_file` left in a folder of one writer."""
+    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def _current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
