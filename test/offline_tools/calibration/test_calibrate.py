@@ -457,7 +457,7 @@ def test_command_writes_store_and_coverage_and_names_what_is_thin(
     assert report["timesteps"] == {"0": 10, "500": 10}
     assert CaptureStore.open(output).content_sha256 == from_dataset.content_sha256
     assert run_command(*arguments) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "holds a capture store already: go on with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
