@@ -496,8 +496,6 @@ def test_command_writes_store_and_coverage_and_names_what_is_thin(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "0"], "--samples must be at least 1"),
-        (["--seed", "-1"], "--seed"),
         (["--episodes", "x"], "no list such as"),
         (["--episodes", "7"], "no episode 7"),
     ],
