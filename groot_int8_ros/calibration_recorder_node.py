@@ -179,10 +179,12 @@ class CalibrationRecorderNode(ManagedNode):
         self._configured = False
         self._release_topics.close()
         if self._recording is not None:
+            lost = self._pairing.lost if self._pairing is not None else 0
+            counts = f"{self._recording.report().unusable} unusable, {lost} chunks without frames"
             try:
-                self.get_logger().info(self._recording.finish())
+                self.get_logger().info(f"{self._recording.finish()}; {counts}")
             except GrootError as error:
-                self.get_logger().error(str(error))
+                self.get_logger().error(f"{error} ({counts})")
         self._streams = self._pairing = self._recording = None
         self._hold = None
 

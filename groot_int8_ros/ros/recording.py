@@ -10,10 +10,11 @@ once there is room.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import traceback
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from groot_int8_ros.capture.sample import CapturedChunk, CaptureSample
@@ -88,6 +89,8 @@ class Recording:
         self._writer = writer
         self._selector = Selector(samples)
         self._conversions = conversions
+        # Held while a sample is converted and written, which may take a second: the executor's
+        # thread must not wait for it, so `report` and `pause` do without.
         self._lock = threading.Lock()
         # Ticket of the selector to number of the writer.
         self._numbers: dict[int, int] = {}
@@ -96,23 +99,34 @@ class Recording:
         self._paused = False
         self._finished = False
         self._failure = ""
+        self._counted = self._count()
 
     def report(self) -> RecordingReport:
-        """Return the counts so far."""
+        """Return the counts after the newest observation; never waits."""
+        return replace(self._counted, paused=self._paused)
+
+    def _count(self) -> RecordingReport:
+        return RecordingReport(
+            kept=len(self._writer),
+            offered=self._selector.offered,
+            unusable=self._unusable,
+            fault=self._fault,
+            paused=self._paused,
+            finished=self._finished,
+            failure=self._failure,
+        )
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
         with self._lock:
-            return RecordingReport(
-                kept=len(self._writer),
-                offered=self._selector.offered,
-                unusable=self._unusable,
-                fault=self._fault,
-                paused=self._paused,
-                finished=self._finished,
-                failure=self._failure,
-            )
+            try:
+                yield
+            finally:
+                self._counted = self._count()
 
     def offer(self, one: Paired) -> None:
         """Keep an observation if it adds to what is kept; nothing is raised for bad input."""
-        with self._lock:
+        with self._changing():
             if self._paused or self._finished or self._failure:
                 return
             try:
@@ -124,9 +138,8 @@ class Recording:
                 self._failure = str(error)
 
     def pause(self) -> None:
-        """Keep nothing more until `resume`."""
-        with self._lock:
-            self._paused = True
+        """Keep nothing more until `resume`; an observation under way is still kept."""
+        self._paused = True
 
     def resume(self) -> None:
         """Go on, also after a failure.
@@ -135,7 +148,7 @@ class Recording:
             CaptureError: The store is finished already.
             OutputError: What is held still cannot be written.
         """
-        with self._lock:
+        with self._changing():
             if self._finished:
                 raise CaptureError(
                     f"{self._writer.folder} is finished. Configure the node again with another "
@@ -151,7 +164,7 @@ class Recording:
         Raises:
             OutputError: It cannot be written.
         """
-        with self._lock:
+        with self._changing():
             if not self._finished:
                 self._writer.flush(self._selector.offered)
 
@@ -162,7 +175,7 @@ class Recording:
             CaptureError: There is no sample.
             OutputError: It cannot be written; it is tried again at the next call.
         """
-        with self._lock:
+        with self._changing():
             if not self._finished:
                 self._writer.finish(self._selector.offered)
                 self._finished = True

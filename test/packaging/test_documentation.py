@@ -83,7 +83,12 @@ def _options_of(name: str) -> set[str]:
         importlib.import_module(module).configure(parser)
     except ModuleNotFoundError as error:
         pytest.skip(f"{name} needs {error.name}, which is not installed")
-    return set(parser._option_string_actions)
+    options = set(parser._option_string_actions)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for nested in action.choices.values():
+                options |= set(nested._option_string_actions)
+    return options
 
 
 def test_transports_that_the_documentation_gives_are_those_of_the_tools(
