@@ -122,11 +122,13 @@ def search(
         ratio = share**2 / predicted if predicted > 0.0 else math.inf
         correction = min(max(ratio, correction / 16.0), correction * 16.0)
     if best is None:
-        reached = f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
+        reached = (
+            f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
+            if shares
+            else "even the smallest group of layers exceeds it"
+        )
         raise QuantizationError(
-            "no plan with an INT8 layer stays within the budget: "
-            + (reached if shares else "even the smallest group of layers exceeds it")
-            + ". Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
+            f"no plan with an INT8 layer stays within the budget: {reached}. Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
             "sensitive layers out with --layers '!PATTERN'."
         )
     return Found(_plans(groups, best[1]), best[2], len(shares))
