@@ -128,8 +128,9 @@ def search(
             else "even the smallest group of layers exceeds it"
         )
         raise QuantizationError(
-            f"no plan with an INT8 layer stays within the budget: {reached}. Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
-            "sensitive layers out with --layers '!PATTERN'."
+            f"no plan with an INT8 layer stays within the budget: {reached}. Raise "
+            "--budget or --max-joint-error, calibrate on more samples, or take the most sensitive "
+            "layers out with --layers '!PATTERN'."
         )
     return Found(_plans(groups, best[1]), best[2], len(shares))
 

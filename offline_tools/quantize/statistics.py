@@ -22,6 +22,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.engines.onnxruntime_engine import session_options
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.quantize.histogram import MagnitudeHistogram
 from offline_tools.quantize.layers import Layer, find_layers, groups, load_graph
@@ -192,17 +193,11 @@ def _session(graph: Path, names: Sequence[str], threads: int | None) -> ort.Infe
     for name in names:
         if name not in known:
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # As `OnnxRuntimeEngine(keep_graph_as_written=True)` does, and for the same reason: both copy
-    # weights, and fusing would remove the very tensors that are asked for.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    # Fusing would remove the very tensors that are asked for.
+    options = session_options(threads=threads, keep_graph_as_written=True)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent.absolute())
     )
-    if threads is not None:
-        options.intra_op_num_threads = threads
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
