@@ -13,8 +13,11 @@ The search minimises the run time that the weights cost, subject to the error of
 3. Under that model the cheapest plan for a given error is found group by group with one Lagrange
    multiplier (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
    1988), so a group becomes float where that buys most accuracy for its bytes.
-4. The plan's actions are then measured. The model is scaled by what was found and the plan chosen
-   again, until the measured error is within the budget and uses most of it.
+4. The plan with every layer at its most accurate INT8 scheme is measured first: where it holds,
+   nothing needs to be float.
+5. The cheapest plan's actions are then measured. The limit is moved by what was found, and
+   halved in between a limit that held and one that did not, until the measured error is within
+   the budget and uses most of it.
 
 The model only proposes; what is returned has been measured.
 """
@@ -34,6 +37,8 @@ from offline_tools.quantize.sensitivity import Group
 GraphPlans = dict[str, dict[str, LayerScheme]]
 # Gives the error of a plan as a share of the budget: at most 1 is within it.
 Judge = Callable[[GraphPlans], float]
+# First layer of each group to its scheme; None is float.
+_Choice = dict[str, LayerScheme | None]
 
 # What a layer's weight costs at run time, relative to a static INT8 layer: a half-precision weight
 # has twice the bytes; finding each row's maximum and migrating are small kernels that are fused
@@ -42,9 +47,11 @@ Judge = Callable[[GraphPlans], float]
 _STATIC, _MIGRATION, _ROW, _ROTATION, _FLOAT = 1.0, 0.005, 0.02, 0.05, 2.0
 
 # A plan that uses this share of the budget is good enough to stop at.
-_GOOD_SHARE = 0.85
-# Aim below the budget: between two samples of actions the error varies by a few per cent.
-_AIM = 0.93
+_GOOD_SHARE = 0.95
+# Aim below the budget: between two sets of samples the error varies by a few per cent.
+_AIM = 0.95
+# Predicted squared errors that differ by less are not told apart.
+_CLOSE = 1.05
 
 
 @dataclass(frozen=True)
@@ -96,45 +103,59 @@ def search(
     Raises:
         QuantizationError: No plan with an INT8 layer was found within the budget.
     """
-    correction = 1.0
-    best: tuple[float, Mapping[str, LayerScheme | None], float] | None = None
     tried: dict[tuple[LayerScheme | None, ...], float] = {}
-    shares: list[float] = []
-    for number in range(max_evaluations):
-        choice = _cheapest(groups, weights, _AIM**2 / correction)
+
+    def measured(choice: _Choice) -> float:
         key = tuple(choice.values())
-        if all(scheme is None for scheme in key) or key in tried:
+        if key not in tried:
+            share = tried[key] = judge(_plans(groups, choice))
+            int8 = sum(g.parameters for g in groups if choice[g.name] is not None)
+            total = sum(g.parameters for g in groups)
+            report(
+                f"plan {len(tried)}: {100 * int8 / total:.1f} % of the weights in INT8, error at "
+                f"{100 * share:.0f} % of the budget"
+            )
+        return tried[key]
+
+    def spent(choice: _Choice) -> float:
+        return sum(cost(choice[group.name]) * group.parameters for group in groups)
+
+    best: _Choice | None = None
+    every_best: _Choice = {group.name: group.best for group in groups}
+    if measured(every_best) <= 1.0:
+        best = every_best
+    cheapest = _choose(groups, weights, 0.0)
+    # Predicted errors that held and that did not; the plan to be found lies between them.
+    limit, held, missed = _AIM**2, 0.0, math.inf
+    while len(tried) < max_evaluations and missed > held * _CLOSE:
+        choice = _cheapest(groups, weights, limit)
+        if all(scheme is None for scheme in choice.values()):
             break
-        predicted = _predicted(groups, weights, choice)
-        share = tried[key] = judge(_plans(groups, choice))
-        shares.append(share)
-        int8 = sum(g.parameters for g in groups if choice[g.name] is not None)
-        total = sum(g.parameters for g in groups)
-        report(
-            f"plan {number + 1}: {100 * int8 / total:.1f} % of the weights in INT8, error at "
-            f"{100 * share:.0f} % of the budget"
-        )
-        if share <= 1.0:
-            spent = sum(cost(choice[g.name]) * g.parameters for g in groups)
-            if best is None or spent < best[0]:
-                best = (spent, choice, share)
-            if share >= _GOOD_SHARE or all(scheme is not None for scheme in key):
+        if best is not None and spent(choice) >= spent(best):
+            # Dearer than what is known to hold: there is nothing to learn from it.
+            held = limit
+            if choice == cheapest:
                 break
-        # The model was off by this much; an error that is not finite must still move on.
-        ratio = share**2 / predicted if predicted > 0.0 else math.inf
-        correction = min(max(ratio, correction / 16.0), correction * 16.0)
+            limit = math.sqrt(held * missed) if missed < math.inf else held * 4.0
+            continue
+        share = measured(choice)
+        if share <= 1.0:
+            best, held = choice, max(held, limit)
+            if share >= _GOOD_SHARE or choice == cheapest:
+                break
+        else:
+            missed = min(missed, limit)
+        limit *= (_AIM / share) ** 2 if 0.0 < share < math.inf else 1.0 / 16.0
+        if not held < limit < missed:
+            limit = math.sqrt(held * missed) if held > 0.0 else missed / 4.0
     if best is None:
-        reached = (
-            f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
-            if shares
-            else "even the smallest group of layers exceeds it"
-        )
         raise QuantizationError(
-            f"no plan with an INT8 layer stays within the budget: {reached}. Raise "
+            f"no plan with an INT8 layer stays within the budget: the best of "
+            f"{len(tried)} plans reached {min(tried.values()):.2f} times the budget. Raise "
             "--budget or --max-joint-error, calibrate on more samples, or take the most sensitive "
             "layers out with --layers '!PATTERN'."
         )
-    return Found(_plans(groups, best[1]), best[2], len(shares))
+    return Found(_plans(groups, best), measured(best), len(tried))
 
 
 def section_weights(
@@ -163,9 +184,7 @@ def section_weights(
     return weights
 
 
-def _cheapest(
-    groups: Sequence[Group], weights: Mapping[str, float], limit: float
-) -> dict[str, LayerScheme | None]:
+def _cheapest(groups: Sequence[Group], weights: Mapping[str, float], limit: float) -> _Choice:
     """Return the cheapest choice whose predicted squared error does not exceed a limit."""
     low, high = 0.0, 1.0
     if _predicted(groups, weights, _choose(groups, weights, 0.0)) <= limit:
@@ -182,9 +201,7 @@ def _cheapest(
     return _choose(groups, weights, high)
 
 
-def _choose(
-    groups: Sequence[Group], weights: Mapping[str, float], multiplier: float
-) -> dict[str, LayerScheme | None]:
+def _choose(groups: Sequence[Group], weights: Mapping[str, float], multiplier: float) -> _Choice:
     """Minimise cost + multiplier * error**2, group by group."""
     total = sum(group.parameters for group in groups)
 
