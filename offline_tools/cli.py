@@ -42,6 +42,14 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "write an INT8 bundle from a float one and captured inputs",
     ),
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
+    "calibrate": (
+        "offline_tools.calibration.command",
+        "capture calibration data from a dataset, a bag or a robot's recorder",
+    ),
+    "calibration-data": (
+        "offline_tools.calibration.data_command",
+        "report on calibration data; exchange it with the first public INT8 port",
+    ),
     "build-check": (
         "offline_tools.engine.command",
         "parse and build a bundle's graphs with TensorRT-RTX (no GPU needed) or TensorRT",

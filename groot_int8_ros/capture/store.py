@@ -276,6 +276,11 @@ class CaptureWriter:
             for record in shard.samples
         )
 
+    @property
+    def is_full(self) -> bool:
+        """Whether enough samples are held for a shard."""
+        return len(self._pending) >= self._samples_per_shard
+
     def add(self, sample: CaptureSample) -> int:
         """Add a sample, and write a shard if it is full.
 
@@ -287,6 +292,20 @@ class CaptureWriter:
             OutputError: A shard could not be written. Every earlier shard is whole, the samples
                 since are still held: `flush` tries again.
         """
+        number = self.hold(sample)
+        if self.is_full:
+            self.flush()
+        return number
+
+    def hold(self, sample: CaptureSample) -> int:
+        """Add a sample without writing anything; the caller flushes when `is_full`.
+
+        Returns:
+            The sample's number, for `discard`.
+
+        Raises:
+            CaptureError: The sample has NaN or does not fit together; nothing was added.
+        """
         check_sample(sample)
         steps = self._index.meta.denoising_steps
         if sample.dit is not None and len(sample.dit.timestep) != steps:
@@ -297,8 +316,6 @@ class CaptureWriter:
         number = self._next_sample
         self._next_sample += 1
         self._pending[number] = sample
-        if len(self._pending) >= self._samples_per_shard:
-            self.flush()
         return number
 
     def discard(self, number: int) -> None:
@@ -358,13 +375,16 @@ class CaptureWriter:
 
         Raises:
             OutputError: As `flush`.
-            CaptureError: There is no sample.
+            CaptureError: There is no sample; the empty store is removed.
         """
         self.flush(offered)
         if not self._written:
+            (self.folder / INDEX_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
             raise CaptureError(
-                f"no sample was captured, so {self.folder} is empty. Check that the source has "
-                "observations with every camera, joint and an instruction."
+                f"no sample was captured, so {self.folder} is not written. Check that the source "
+                "has observations with every camera, joint and an instruction."
             )
         self._index = replace(self._index, finished=True)
         self._write_index()
