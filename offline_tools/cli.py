@@ -37,10 +37,6 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "compare the model with recorded reference tensors at every boundary",
     ),
     "export": ("offline_tools.export.command", "write a bundle from a checkpoint"),
-    "quantize": (
-        "offline_tools.quantize.command",
-        "write an INT8 bundle from a float one and captured inputs",
-    ),
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
     "calibrate": (
         "offline_tools.calibration.command",
@@ -49,6 +45,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "calibration-data": (
         "offline_tools.calibration.data_command",
         "report on calibration data; exchange it with the first public INT8 port",
+    ),
+    "quantize": (
+        "offline_tools.quantize.command",
+        "write an INT8 bundle from a float one and captured inputs",
     ),
     "build-check": (
         "offline_tools.engine.command",
