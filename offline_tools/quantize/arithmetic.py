@@ -124,11 +124,10 @@ def transformed_weight(
 ) -> Float32Array:
     """Return a weight, float32 (K, N), after migration and rotation of its input channels."""
     if factors is not None:
-        # The input is multiplied by the float32 reciprocal; its exact inverse leaves no mismatch.
-        inverse = 1.0 / (np.float32(1.0) / factors).astype(np.float64)
-        weight = (weight * inverse[:, None]).astype(np.float32)
+        weight = weight * factors[:, None]
     if rotation is not None:
-        weight = np.ascontiguousarray(rotated(np.ascontiguousarray(weight.T), rotation).T)
+        blocks = weight.reshape(-1, rotation, weight.shape[1])
+        weight = (hadamard(rotation) @ blocks).reshape(weight.shape)
     return weight
 
 

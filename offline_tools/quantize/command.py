@@ -26,7 +26,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     parser.add_argument("--bundle", type=Path, required=True, help="the float bundle")
     parser.add_argument(
-        "--calibration", type=Path, required=True, help="its capture store (groot-int8 calibrate)"
+        "--calibration",
+        type=Path,
+        help="its capture store, as groot-int8 calibrate writes it (default: BUNDLE/calibration)",
     )
     parser.add_argument("--output", type=Path, required=True, help="the INT8 bundle to write")
     parser.add_argument(
@@ -106,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     result = quantize_bundle(
         QuantizeOptions(
             bundle=args.bundle,
-            calibration=args.calibration,
+            calibration=args.calibration or args.bundle / "calibration",
             output=args.output,
             scheme=args.scheme,
             layers=tuple(args.layers),
