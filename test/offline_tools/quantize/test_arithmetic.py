@@ -94,3 +94,49 @@ def test_a_row_keeps_its_relative_precision_whatever_its_size() -> None:
     for size in (1e-9, 1.0, 1.9e4, 1e30):
         found = arithmetic.row_input(row * np.float32(size)) / np.float32(size)
         assert found == pytest.approx(row, abs=float(np.abs(row).max()) / 127)
+
+
+# As in docs/quantization.md, in per cent: static-max, row, and row with migration, with rotation
+# and with both.
+_TABLE = {
+    "normal": (1.5, 1.2, 1.2, 1.2, 1.2),
+    "channels": (79.0, 43.0, 1.2, 8.6, 1.2),
+    "token": (100.0, 1.2, 1.2, 1.2, 1.2),
+    "tails": (22.0, 3.3, 3.1, 1.2, 1.2),
+}
+
+
+def _table_case(name: str) -> tuple[Float32Array, Float32Array]:
+    random = np.random.default_rng(0)
+    weight = (random.standard_normal((2048, 512)) * 0.02).astype(np.float32)
+    rows = random.standard_normal((256, 2048)).astype(np.float32)
+    if name == "channels":
+        scale = np.ones(2048, np.float32)
+        scale[random.choice(2048, 8, replace=False)] = 100.0
+        rows, weight = rows * scale, weight / scale[:, None]
+    elif name == "token":
+        rows[0, 7] = 1.9e4
+    elif name == "tails":
+        rows = random.standard_t(3, rows.shape).astype(np.float32)
+    return rows, weight
+
+
+@pytest.mark.parametrize("name", sorted(_TABLE))
+def test_the_table_of_the_documentation_is_what_comes_out(name: str) -> None:
+    rows, weight = _table_case(name)
+    wanted = rows @ weight
+    sizes = np.linalg.norm(wanted, axis=1)
+
+    def error(restored: Float32Array, changed: Float32Array) -> float:
+        gap = restored @ arithmetic.dequantised_weight(changed) - wanted
+        return 100.0 * float(np.sqrt(np.mean((np.linalg.norm(gap, axis=1) / sizes) ** 2)))
+
+    found = [error(arithmetic.static_input(rows, float(np.abs(rows).max()) / 127), weight)]
+    factors = arithmetic.migration_factors(_levels(rows), np.abs(weight).max(axis=1), 0.5)
+    for rotation in (None, 64):
+        for used in (None, factors):
+            moved = rows if used is None else rows / used
+            moved = moved if rotation is None else arithmetic.rotated(moved, rotation)
+            changed = arithmetic.transformed_weight(weight, used, rotation)
+            found.append(error(arithmetic.row_input(moved), changed))
+    assert found == pytest.approx(list(_TABLE[name]), rel=0.12)
