@@ -146,6 +146,12 @@ def quantize_bundle(options: QuantizeOptions, report: Callable[[str], None]) -> 
     _refuse_quantized(bundle)
     store = CaptureStore.open(options.calibration)
     store.check_bundle(bundle.manifest)
+    if "int8" in (store.meta.precision or {}).values():
+        raise QuantizationError(
+            f"{options.calibration} was captured with an INT8 policy, whose inner tensors are off "
+            "already: capture with the float bundle, groot-int8 calibrate --bundle "
+            f"{options.bundle}"
+        )
     calibration = CalibrationSet(store)
     layers = _eligible(bundle, options.layers)
     _refuse_full_disk(bundle, options)
@@ -474,8 +480,10 @@ def _eligible(bundle: Bundle, patterns: Sequence[str]) -> dict[str, list[Layer]]
 
 
 def _refuse_full_disk(bundle: Bundle, options: QuantizeOptions) -> None:
-    # The search keeps one candidate of each graph; a candidate of float layers is a float graph.
-    needed = _graph_bytes(bundle.manifest) + _SPARE_BYTES
+    # The search keeps one candidate of each graph beside the one that is judged; where most layers
+    # are float a candidate is as large as the float graph.
+    copies = 2 if options.scheme == AUTO else 1
+    needed = copies * _graph_bytes(bundle.manifest) + _SPARE_BYTES
     existing = options.output.absolute().parent
     while not existing.exists():
         existing = existing.parent

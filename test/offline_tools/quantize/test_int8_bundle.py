@@ -191,6 +191,17 @@ def test_samples_of_another_checkpoint_are_refused(
         _quantize(_options(tiny_bundle, store, tmp_path / "int8"))
 
 
+def test_samples_that_an_int8_policy_saw_are_refused(
+    fp16_bundle: Path, store: Path, tmp_path: Path
+) -> None:
+    captured = Path(shutil.copytree(store, tmp_path / "store"))
+    index = json.loads((captured / "capture.json").read_text())
+    index["meta"]["precision"]["dit"] = "int8"
+    (captured / "capture.json").write_text(json.dumps(index))
+    with pytest.raises(QuantizationError, match="captured with an INT8 policy"):
+        _quantize(_options(fp16_bundle, captured, tmp_path / "int8"))
+
+
 def test_a_set_too_small_to_judge_on_is_refused(
     capture_into: Callable[[Path, Path, int, Path], Path],
     fp16_bundle: Path,

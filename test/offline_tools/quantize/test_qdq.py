@@ -168,23 +168,32 @@ def test_static_loses_what_a_massive_activation_hides_and_row_keeps_it(
 
 
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "fp16_bundle"])
-@pytest.mark.parametrize("scheme", [SCHEMES[3], SCHEMES[-1]], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    ("graph", "scheme"),
+    [
+        ("dit", LayerScheme("static", "max", 0.5)),
+        ("dit", LayerScheme("row", None, 0.5, 16)),
+        ("backbone", LayerScheme("row")),
+    ],
+    ids=["dit-static", "dit-row", "backbone-row"],
+)
 def test_tensorrt_rtx_builds_every_quantised_graph(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     dit_feeds: Feeds,
     bundle: str,
+    graph: str,
     scheme: LayerScheme,
 ) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     opened = open_bundle(request.getfixturevalue(bundle))
-    source = opened.graph_path("dit")
+    source = opened.graph_path(graph)
     plan = {layer.name: scheme for layer in find_layers(load_graph(source))}
     target = tmp_path / source.name
-    quantize_graph(source, target, plan, collect(source, dit_feeds))
-    lengths = {"batch": 1, "sequence": 64, "images": 2}
-    result = check_build(target, opened.manifest.graphs["dit"], lengths)
+    quantize_graph(source, target, plan, collect(source, dit_feeds) if graph == "dit" else None)
+    lengths = {"batch": 1, "sequence": 256, "images": 2}
+    result = check_build(target, opened.manifest.graphs[graph], lengths)
     assert result.engine_bytes > 0
 
 
