@@ -43,6 +43,7 @@ from groot_int8_ros.ros.diagnostics import (
     status_message,
     stream_status,
 )
+from groot_int8_ros.ros.instruction import InstructionTopic
 from groot_int8_ros.ros.joints import TrajectoryReader, stamp_ns
 from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
 from groot_int8_ros.ros.observation_buffer import USED, Hold
@@ -124,7 +125,10 @@ class CalibrationRecorderNode(ManagedNode):
             self._subscribe(String, info_topic, self._on_chunk_info)
         else:
             seed = parameters.seed
-            self._subscribe(String, parameters.instruction_topic, self._on_instruction)
+            instructions = InstructionTopic(
+                self, parameters.instruction_topic, self._on_instruction
+            )
+            self._release_topics.callback(instructions.close)
         self._instruction = parameters.instruction
         writer = CaptureWriter(
             output,
@@ -174,10 +178,12 @@ class CalibrationRecorderNode(ManagedNode):
         self._configured = False
         self._release_topics.close()
         if self._recording is not None:
+            lost = self._pairing.lost if self._pairing is not None else 0
+            counts = f"{self._recording.report().unusable} unusable, {lost} chunks without frames"
             try:
-                self.get_logger().info(self._recording.finish())
+                self.get_logger().info(f"{self._recording.finish()}; {counts}")
             except GrootError as error:
-                self.get_logger().error(str(error))
+                self.get_logger().error(f"{error} ({counts})")
         self._streams = self._pairing = self._recording = None
         self._hold = None
 
@@ -226,8 +232,8 @@ class CalibrationRecorderNode(ManagedNode):
             info = message.data
         self._pairing.on_info(info)
 
-    def _on_instruction(self, message: String) -> None:
-        self._instruction = message.data
+    def _on_instruction(self, instruction: str) -> None:
+        self._instruction = instruction
 
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:

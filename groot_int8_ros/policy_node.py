@@ -42,6 +42,7 @@ from groot_int8_ros.ros.diagnostics import (
     diagnostic_array,
 )
 from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
+from groot_int8_ros.ros.instruction import InstructionTopic
 from groot_int8_ros.ros.joints import TrajectoryWriter
 from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
 from groot_int8_ros.ros.observation_buffer import Snapshot
@@ -103,11 +104,9 @@ class PolicyNode(ManagedNode):
         self._release_topics.callback(self._streams.close)
         self._chunks = self._publisher(JointTrajectory, parameters.chunk_topic)
         self._chunk_info = self._publisher(String, "~/chunk_info")
-        subscription = self.create_subscription(
-            String, parameters.instruction_topic, self._on_instruction, RELIABLE
-        )
-        self._release_topics.callback(self.destroy_subscription, subscription)
         self._instruction = parameters.instruction
+        instructions = InstructionTopic(self, parameters.instruction_topic, self._on_instruction)
+        self._release_topics.callback(instructions.close)
         self._engine_facts = {
             "bundle": str(folder),
             "checkpoint sha256": policy.manifest.checkpoint_sha256,
@@ -120,6 +119,8 @@ class PolicyNode(ManagedNode):
         self._configured = True
 
     def _activate(self) -> None:
+        if self._worker is not None and self._worker.stop(0.0):
+            self._worker = None
         if self._worker is not None:
             raise EngineError(
                 "the inference of the last activation has not returned yet, so the engine is "
@@ -177,8 +178,8 @@ class PolicyNode(ManagedNode):
         self._release_topics.callback(self.destroy_publisher, publisher)
         return publisher
 
-    def _on_instruction(self, message: String) -> None:
-        self._instruction = message.data
+    def _on_instruction(self, instruction: str) -> None:
+        self._instruction = instruction
 
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:

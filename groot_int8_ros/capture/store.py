@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ class CaptureWriter:
                 self._written[len(self._written)] = shard.file, record.position
         self._next_sample = len(self._written)
         self._next_shard = 1 + max(
-            (int(shard.file[6:11]) for shard in self._index.shards), default=-1
+            (_shard_number(shard.file) for shard in self._index.shards), default=-1
         )
         remove_leftovers(folder)
         self._remove_strays()
@@ -650,14 +651,22 @@ def _read_index(folder: Path) -> Index:
 
 def _shard(content: Mapping[str, Any]) -> Shard:
     file = content["file"]
-    # The index comes from disk like everything else: it must not lead out of the folder.
-    if Path(file).name != file or not (file.startswith("shard-") and file.endswith(".npz")):
-        raise ValueError(f"{file!r} is no shard's name")
+    _shard_number(file)
     samples = tuple(
         SampleRecord(**{**record, "graphs": tuple(record["graphs"])})
         for record in content["samples"]
     )
+    if not all(isinstance(sample.position, int) for sample in samples):
+        raise TypeError(f"a position in {file} is not a whole number")
     return Shard(file=file, sha256=content["sha256"], samples=samples)
+
+
+def _shard_number(file: str) -> int:
+    # The index comes from disk like everything else: it must not lead out of the folder.
+    match = re.fullmatch(r"shard-([0-9]{5,9})\.npz", file)
+    if match is None:
+        raise ValueError(f"{file!r} is no shard's name")
+    return int(match[1])
 
 
 def _short(value: object) -> str:

@@ -196,7 +196,12 @@ def run_on(
         assert seed is not None
         noise = draw_noise(seed, observation.stamp_ns, policy.noise_shape)
     runs: dict[str, list[Tensors]] = {}
-    with policy.observed(lambda name, feeds: runs.setdefault(name, []).append(feeds)):
+
+    def keep(name: str, feeds: Tensors) -> None:
+        copies = {tensor: array.copy() for tensor, array in feeds.items()}
+        runs.setdefault(name, []).append(copies)
+
+    with policy.observed(keep):
         chunk = policy.infer(observation, noise=noise)
     (backbone,), (conditioner,), dit = runs["backbone"], runs["conditioner"], runs["dit"]
     return CaptureSample(
