@@ -48,6 +48,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.calibration.data_command",
         "report on calibration data; exchange it with the first public INT8 port",
     ),
+    "quantize": (
+        "offline_tools.quantize.command",
+        "write an INT8 bundle from a float one and captured inputs",
+    ),
     "build-check": (
         "offline_tools.engine.command",
         "parse and build a bundle's graphs with TensorRT-RTX (no GPU needed) or TensorRT",

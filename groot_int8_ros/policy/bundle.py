@@ -28,6 +28,7 @@ from groot_int8_ros.errors import BundleError, ConfigurationError
 from groot_int8_ros.policy.engines.base import Engine, TensorSpec
 from groot_int8_ros.policy.files import sha256_of_file
 from groot_int8_ros.policy.processor import Processor, load_processor
+from groot_int8_ros.policy.quantization import QuantizationRecord, parse_record
 from groot_int8_ros.policy.robot import RobotDescription, parse_robot
 
 SCHEMA_VERSION = 1
@@ -46,6 +47,8 @@ GRAPH_FILES = {
     "action_decoder": "action_decoder.onnx",
 }
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
 _EXPORT_AGAIN = (
     "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder} --force"
 )
@@ -57,15 +60,18 @@ class GraphRecord:
 
     Attributes:
         file: Path inside the bundle.
-        precision: `fp32` or `fp16`: the type of weights and of floating inputs and outputs.
+        precision: One of `PRECISIONS`: the type of the weights; of an `int8` graph, that of the
+            layers that its quantisation record names.
         inputs: Specs by input name.
         outputs: Specs by output name.
+        quantization: How the graph was quantised; present exactly where the precision is `int8`.
     """
 
     file: str
     precision: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    quantization: QuantizationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -301,7 +307,7 @@ def _count(record: Mapping[str, Any], name: str, where: str = "") -> int:
 
 
 def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
-    return {
+    entries: dict[str, Any] = {
         "file": graph.file,
         "precision": graph.precision,
         "inputs": {n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.inputs.items()},
@@ -309,6 +315,9 @@ def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
             n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.outputs.items()
         },
     }
+    if graph.quantization is not None:
+        entries["quantization"] = graph.quantization.to_dict()
+    return entries
 
 
 def _graph_from_dict(record: Mapping[str, Any], where: str) -> GraphRecord:
@@ -317,12 +326,28 @@ def _graph_from_dict(record: Mapping[str, Any], where: str) -> GraphRecord:
         inside = f"{where}{direction}."
         return {n: _spec_from_dict(_object(tensors, n, inside), f"{inside}{n}.") for n in tensors}
 
+    precision = _text(record, "precision", where)
+    if precision not in PRECISIONS:
+        raise _not_expected(f"{where}precision", f"one of {', '.join(PRECISIONS)}", precision)
+    if ("quantization" in record) != (precision == "int8"):
+        raise _FieldError(
+            f"{where}quantization: an int8 graph, and no other, has a quantisation record"
+        )
     return GraphRecord(
         file=_text(record, "file", where),
-        precision=_text(record, "precision", where),
+        precision=precision,
         inputs=specs("inputs"),
         outputs=specs("outputs"),
+        quantization=_quantization_from_dict(record, where) if precision == "int8" else None,
     )
+
+
+def _quantization_from_dict(record: Mapping[str, Any], where: str) -> QuantizationRecord:
+    try:
+        return parse_record(_object(record, "quantization", where))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
+        raise _FieldError(f"{where}quantization: {reason}") from error
 
 
 def _spec_from_dict(record: Mapping[str, Any], where: str) -> TensorSpec:
