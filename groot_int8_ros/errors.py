@@ -38,6 +38,10 @@ class EngineError(GrootError):
     """An inference engine cannot be loaded or does not match the bundle."""
 
 
+class CalibrationError(GrootError):
+    """A calibration cache or its samples are missing, stale, damaged or too few."""
+
+
 class ObservationError(GrootError):
     """An observation cannot be used: missing, misshapen or not finite."""
 

@@ -1,0 +1,201 @@
+"""Reading what TensorRT's engine inspector says about an engine, and judging each layer by it.
+
+Owns: the inspector's JSON, and the verdicts INT8, FLOAT and UNKNOWN. Must not import torch or
+TensorRT: it works on recorded text, so what it concludes is tested on inspections of real engines.
+
+An engine's layer says which of the graph's nodes went into it (`Metadata` where the version writes
+it, else the layer's own name), the formats of its inputs and outputs, and the name of its kernel.
+A layer is INT8 when the product's own operands are: a kernel whose name says so, or int8 inputs of
+a layer that is a product. Neither an int8 output (that is only where the next layer starts) nor
+being part of a fused region proves anything: regions that TensorRT compiles as a whole (Myelin's
+`ForeignNode`) are opaque to the inspector of 8.6, and every node in them is UNKNOWN.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from groot_int8_ros.errors import EngineError
+from offline_tools.engine.verdicts import LayerVerdict, Precision
+
+_METADATA_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
+_PRODUCTS = frozenset({"MatMul", "Gemm"})
+
+# Names of kernels as TensorRT 8.6 to 10 and cuBLAS write them: i8816 is a tensor core's int8
+# product and s32 its sum, `imma` and `igemm` say so in words; `hmma`, h16816, f16f16 and sgemm are
+# the floating ones.
+_INT8_KERNEL = re.compile(
+    r"(?<![a-z])(i8i8|int8|imma|igemm|i8816|i16832|i64x\d+x\d+|s8s8|s32_tn|ampere_int8)|_i8_|"
+    r"(?<![a-z])i8(f32|i32)",
+    re.IGNORECASE,
+)
+_FLOAT_KERNEL = re.compile(
+    r"hmma|h16816|h884|h1688|f16f16|bf16|fp16|f32f32|fp32|sgemm|hgemm|s1688gemm|s16816gemm|tf32|"
+    r"h64x\d+",
+    re.IGNORECASE,
+)
+_OPAQUE = re.compile(r"ForeignNode|myelin", re.IGNORECASE)
+_PRODUCT_LAYER = re.compile(r"gemm|matrix.?mul|matmul|convolution|fully.?connected", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class EngineLayer:
+    """One layer of an engine.
+
+    Attributes:
+        name: As TensorRT named it.
+        kind: TensorRT's type of layer, such as `Gemm`, `Myelin` or `Reformat`.
+        input_formats: Format of each input, such as `Int8 NC/32HW32`.
+        output_formats: Of each output.
+        kernel: Name of the chosen kernel, empty if unknown.
+        nodes: Names of the graph's nodes that went into it, where the inspector says so.
+    """
+
+    name: str
+    kind: str
+    input_formats: tuple[str, ...]
+    output_formats: tuple[str, ...]
+    kernel: str
+    nodes: tuple[str, ...]
+
+    @property
+    def is_opaque(self) -> bool:
+        """Whether it is a region that was compiled as a whole, whose inside is not told."""
+        return bool(_OPAQUE.search(self.kind) or "ForeignNode" in self.name) and not self.kernel
+
+    @property
+    def precision(self) -> Precision:
+        """In what its product is computed, if that can be told."""
+        if self.is_opaque:
+            return Precision.UNKNOWN
+        if _INT8_KERNEL.search(self.kernel):
+            return Precision.INT8
+        if _FLOAT_KERNEL.search(self.kernel):
+            return Precision.FLOAT
+        if not self.input_formats:
+            return Precision.UNKNOWN
+        int8 = [_is_int8(text) for text in self.input_formats]
+        if not any(int8):
+            return Precision.FLOAT
+        return Precision.INT8 if _PRODUCT_LAYER.search(self.kind) else Precision.UNKNOWN
+
+    def evidence(self) -> str:
+        """Return what the verdict rests on."""
+        if self.is_opaque:
+            return f"inside {self.name[:60]}, which the inspector does not open"
+        formats = " and ".join(self.input_formats[:2]) or "formats unknown"
+        return f"{self.kind}: {formats}; kernel {self.kernel or 'unknown'}"
+
+
+def parse_inspection(text: str, source: str) -> list[EngineLayer]:
+    """Read an inspection.
+
+    Args:
+        text: What `EngineInspector.get_engine_information(JSON)` returned.
+        source: Where it comes from, for the message.
+
+    Raises:
+        EngineError: It is no such JSON, or the engine was built without detailed verbosity.
+    """
+    try:
+        # 8.6 writes commas that no JSON allows.
+        content = json.loads(re.sub(r",(\s*[\]}])", r"\1", text))
+        records = content["Layers"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise EngineError(f"{source} is no inspection of an engine: {error}") from error
+    if any(not isinstance(record, dict) for record in records):
+        raise EngineError(
+            f"{source} names its layers and says no more: the engine was built without detailed "
+            "profiling verbosity. Build it again with groot-int8 build"
+        )
+    return [_layer(record) for record in records]
+
+
+def judge(
+    layers: Sequence[EngineLayer],
+    wanted: Mapping[str, Precision],
+    kernels: Mapping[str, str] | None = None,
+) -> list[LayerVerdict]:
+    """Say of each layer of the graph what the engine made of it.
+
+    Args:
+        layers: The engine's layers.
+        wanted: Layer of the graph to what it should be.
+        kernels: Names of kernels by engine layer, from a profiler, where there was one.
+
+    Returns:
+        A verdict for each of `wanted`, in its order.
+    """
+    by_node: dict[str, list[EngineLayer]] = {}
+    for layer in layers:
+        for node in layer.nodes:
+            by_node.setdefault(node, []).append(layer)
+    return [_judge(name, asked, by_node, kernels or {}) for name, asked in wanted.items()]
+
+
+def _judge(
+    name: str,
+    asked: Precision,
+    by_node: Mapping[str, Sequence[EngineLayer]],
+    kernels: Mapping[str, str],
+) -> LayerVerdict:
+    candidates = [
+        layer
+        for product in _PRODUCTS
+        for layer in by_node.get(f"{name}/{product}", ())
+        # A conversion in front of a product carries the node's name too and decides nothing.
+        if layer.kind not in {"Reformat", "NoOp", "Shape", "Constant"}
+    ]
+    if not candidates:
+        return LayerVerdict(name, asked, Precision.UNKNOWN, "no layer of the engine names it")
+    found = {layer.precision for layer in candidates}
+    precision = found.pop() if len(found) == 1 else _product_precision(candidates)
+    return LayerVerdict(name, asked, precision, "; ".join(_evidence(candidates, kernels)))
+
+
+def _product_precision(candidates: Iterable[EngineLayer]) -> Precision:
+    """Decide among several layers that name one node by those that are products themselves."""
+    found = {
+        layer.precision
+        for layer in candidates
+        if _PRODUCT_LAYER.search(layer.kind) or _PRODUCT_LAYER.search(layer.kernel)
+    }
+    return found.pop() if len(found) == 1 else Precision.UNKNOWN
+
+
+def _evidence(candidates: Iterable[EngineLayer], kernels: Mapping[str, str]) -> list[str]:
+    return [
+        layer.evidence() + (f"; ran {kernels[layer.name]}" if layer.name in kernels else "")
+        for layer in candidates
+    ]
+
+
+def _layer(record: Mapping[str, Any]) -> EngineLayer:
+    name = str(record.get("Name", ""))
+    metadata = str(record.get("Metadata", ""))
+    nodes = tuple(dict.fromkeys(_METADATA_NODE.findall(metadata)))
+    kernel = str(record.get("TacticName", ""))
+    return EngineLayer(
+        name=name,
+        kind=str(record.get("LayerType", "")),
+        input_formats=_formats(record.get("Inputs")),
+        output_formats=_formats(record.get("Outputs")),
+        kernel=kernel,
+        nodes=nodes or tuple(part.strip() for part in re.split(r" \+ |,", name.strip("{}"))),
+    )
+
+
+def _formats(tensors: object) -> tuple[str, ...]:
+    if not isinstance(tensors, list):
+        return ()
+    return tuple(
+        str(tensor.get("Format/Datatype", tensor.get("Format", ""))) for tensor in tensors
+    )
+
+
+def _is_int8(text: str) -> bool:
+    return bool(re.search(r"int8", text, re.IGNORECASE))
