@@ -44,3 +44,23 @@ class CalibrationError(GrootError):
 
 class QuantizationError(GrootError):
     """A graph cannot be quantised as asked, or its INT8 form misses what was asked of it."""
+
+
+class ObservationError(GrootError):
+    """An observation cannot be used: missing, misshapen or not finite."""
+
+
+class DatasetError(GrootError):
+    """A dataset or an episode of it cannot be read."""
+
+
+class BagError(GrootError):
+    """A rosbag2 recording cannot be read, written or played."""
+
+
+class OutputError(GrootError):
+    """A result could not be written; nothing half-written was left behind."""
+
+
+class CaptureError(GrootError):
+    """A captured sample or a capture store is damaged, incomplete or of another checkpoint."""

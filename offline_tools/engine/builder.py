@@ -1,8 +1,8 @@
 """From one ONNX graph to one serialised engine, with whichever TensorRT is here.
 
 Owns: parsing, the builder's configuration and what a failed build says. Must not import torch.
-Which file the engine becomes and what stands beside it is `engines`' business; what differs between
-versions is `library`'s.
+Which file the engine becomes and what stands beside it is `engines`' business; what differs
+between versions is `library`'s.
 
 Types. Where a TensorRT can be strongly typed (10 and later), every layer keeps the type that the
 graph states. 8.6 cannot: it gets the FP16 flag and, for what the graph computes in float32 on
@@ -56,7 +56,7 @@ class BuilderSettings:
             device memory) if None.
         tactic_mb: Device memory that trying out kernels may take, in MiB; unlimited if None.
         level: Builder optimisation level, 0 to 5; TensorRT's default (3) if None.
-        library_tactics: Whether kernels of cuBLAS and cuDNN may be used, where a TensorRT has them.
+        library_tactics: Whether kernels of cuBLAS and cuDNN may be used, where there are some.
         weight_form: One of `WEIGHT_FORMS`: how INT8 weights are handed over; `auto` goes by the
             version.
     """
@@ -410,5 +410,3 @@ def _timing_cache(config: Any, library: Library) -> bytes | None:
 
 def _reasons(log: Any) -> str:
     return "; ".join(log.errors) or "it gave no reason"
-
-

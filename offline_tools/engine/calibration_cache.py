@@ -151,7 +151,7 @@ def check_cache(path: Path, graph_sha256: str, samples_sha256: str | None) -> Ca
 
 
 def write_cache(path: Path, content: bytes, record: CacheRecord) -> None:
-    """Write a cache and what it was made from; the record first, for a cache without is refused."""
+    """Write a cache, and before it what it was made from: a cache without is refused."""
     with atomic_file(path.with_name(path.name + _RECORD_SUFFIX)) as temporary:
         temporary.write_text(json.dumps(vars(record), indent=2) + "\n", encoding="utf-8")
     with atomic_file(path) as temporary:

@@ -1,8 +1,8 @@
 """A build in a process of its own, so that its memory is given back and its crash is survived.
 
 Owns: starting that process and what it means when it dies. Must not import torch or TensorRT.
-TensorRT 8.6 ends the process on some graphs it does not like, and what a build allocated returns to
-the system only with its process: on a board of 16 GB the second graph would not fit beside it.
+TensorRT 8.6 ends the process on some graphs it does not like, and what a build allocated returns
+to the system only with its process: on a board of 16 GB the second graph would not fit beside it.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """INT8 weights in the form that TensorRT 8.6 takes: float, with a Q→DQ pair behind them.
 
 Owns: the rewrite of a graph into a temporary file. Must not import torch. A bundle stores an INT8
-layer's weight as an int8 initializer with a DequantizeLinear, which TensorRT 10 folds; 8.6 fails on
-it (`convertMyelinWeightsToFp32`). Quantising `code * scale` with the same scale gives the code
+layer's weight as an int8 initializer with a DequantizeLinear, which newer versions fold; 8.6 fails
+on it (`convertMyelinWeightsToFp32`). Quantising `code * scale` with the same scale gives the code
 again, bit for bit, so the rewritten graph computes the same.
 """
 
@@ -90,7 +90,7 @@ def _quantised_again(graph: ir.Graph, node: ir.Node, codes: ir.Value) -> ir.Valu
         shape=codes.shape,
         type=ir.TensorType(scale.dtype),
         const_value=ir.LazyTensor(
-            read, dtype=scale.dtype, shape=ir.Shape(stored.shape), name=name, cache=False
+            read, dtype=scale.dtype, shape=ir.Shape(stored.numpy().shape), name=name, cache=False
         ),
     )
     graph.initializers[name] = weight

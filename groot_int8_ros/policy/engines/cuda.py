@@ -34,7 +34,7 @@ class CudaError(EngineError):
     """
 
     def __init__(self, call: str, code: str) -> None:
-        self.code = code
+        self.call, self.code = call, code
         advice = {
             "cudaErrorNoDevice": "there is no NVIDIA GPU here",
             "cudaErrorInsufficientDriver": "there is no NVIDIA driver here, or it is too old for "
@@ -42,6 +42,10 @@ class CudaError(EngineError):
             "cudaErrorMemoryAllocation": "the memory does not suffice; stop what else uses it",
         }.get(code)
         super().__init__(f"{call} failed with {code}" + (f": {advice}" if advice else ""))
+
+    def __reduce__(self) -> tuple[type[CudaError], tuple[str, str]]:
+        # It crosses from the process that builds to the one that asked.
+        return CudaError, (self.call, self.code)
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ class Device:
         name: The board's model where it has one, for all Orin modules call their GPU `Orin`; else
             the GPU's name.
         compute_capability: Such as `8.7`.
-        multiprocessors: Number of streaming multiprocessors; on a Jetson the power mode changes it.
+        multiprocessors: Streaming multiprocessors; on a Jetson the power mode changes the number.
         memory_bytes: Whole memory of the GPU, shared with the CPU if `integrated`.
         integrated: Whether CPU and GPU share one memory.
     """
@@ -263,8 +267,9 @@ class Cuda:
 def host_view(pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Return an array over host memory that CUDA allocated; it does not own it."""
     count = int(np.prod(shape, dtype=np.int64))
-    memory = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(pointer)
-    return np.frombuffer(memory, dtype, count).reshape(shape)
+    memory: Any = (ctypes.c_uint8 * (count * dtype.itemsize)).from_address(pointer)
+    array: NDArray[Any] = np.frombuffer(memory, dtype, count).reshape(shape)
+    return array
 
 
 def available_host_bytes() -> int | None:

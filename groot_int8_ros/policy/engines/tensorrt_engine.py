@@ -4,9 +4,9 @@ Owns: `TensorRTEngine`. Must not import torch. TensorRT and cuda-python are impo
 is loaded, so a robot that runs ONNX Runtime needs neither.
 
 Memory. The engine's file is mapped, not read: TensorRT copies the weights once, to where the GPU
-reads them, and the file's pages are handed back to the kernel, so no second copy stays. Inputs and
-outputs are allocated once, for the largest shapes. Where CPU and GPU share memory and a probe shows
-that they see the same bytes, TensorRT reads and writes those buffers in place.
+reads them, and the file's pages go back to the kernel, so no second copy stays. Inputs and outputs
+are allocated once, for the largest shapes. Where CPU and GPU share memory and a probe shows that
+they see the same bytes, TensorRT reads and writes those buffers in place.
 
 CUDA graph. Each shape is run once plainly and once as a captured graph; the graph is kept if
 capturing works and gives the same outputs. It did not work for engines that allocate while they
@@ -120,7 +120,9 @@ class TensorRTEngine:
                 device, the engine does not fit, or the memory does not suffice.
         """
         self._close_steps: list[Any] = []
-        trt = import_tensorrt()
+        self._context: Any = None
+        self._engine: Any = None
+        trt = self._trt = import_tensorrt()
         self._cuda = Cuda()
         self._bundle = graph.parent.parent
         self._path, self._manifest = self._find(graph, str(trt.__version__), verify_hash)
@@ -177,6 +179,39 @@ class TensorRTEngine:
                 self._launch()
         return result[0] / runs
 
+    def inspect(self) -> str:
+        """Return what TensorRT's engine inspector says, as JSON."""
+        inspector = self._engine.create_engine_inspector()
+        inspector.execution_context = self._context
+        text: str = inspector.get_engine_information(self._trt.LayerInformationFormat.JSON)
+        return text
+
+    def layer_times_ms(self, runs: int) -> dict[str, float]:
+        """Return the mean time of each of the engine's layers on the current inputs.
+
+        TensorRT waits for every layer when it measures, so the sum is more than a run takes.
+        """
+        trt, totals = self._trt, dict[str, float]()
+
+        class Profiler(trt.IProfiler):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.IProfiler.__init__(self)
+
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                totals[layer_name] = totals.get(layer_name, 0.0) + ms
+
+        context = self._engine.create_execution_context()
+        profiler = Profiler()
+        context.profiler = profiler
+        for name, shape in self._shapes.items():
+            context.set_input_shape(name, shape)
+        for name, buffer in self._buffers.items():
+            context.set_tensor_address(name, buffer.device)
+        for _ in range(runs):
+            context.execute_async_v3(int(self._stream))
+            self._cuda.synchronize(self._stream)
+        return {name: total / runs for name, total in totals.items()}
+
     def close(self) -> None:
         """Release the engine's memory."""
         self._context = None
@@ -232,11 +267,11 @@ class TensorRTEngine:
         self._stream = self._cuda.create_stream()
         self._close_steps.append(lambda: self._cuda.destroy_stream(self._stream))
         self._runtime = trt.Runtime(self._log)
-        self._engine: Any = self._deserialize()
+        self._engine = self._deserialize()
         if self._engine is None:
             raise self._failure("cannot be loaded")
         self._check_tensors(trt)
-        self._context: Any = self._engine.create_execution_context()
+        self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._failure("got no memory for its activations")
         self._allocate(trt)

@@ -1,0 +1,165 @@
+"""`groot-int8 audit`: is every layer that should be INT8 really INT8?
+
+Owns: the subcommand. Must not import torch. Without an engine it reads the bundle's graphs; with
+one, what TensorRT's own inspector said of it when it was built, or says now where a GPU is here.
+Exit code 1 means that a layer that should be INT8 is not known to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
+from groot_int8_ros.policy.engines.tensorrt_manifest import (
+    ENGINE_FOLDER,
+    ENGINE_SUFFIX,
+    read_engine_manifest,
+    rebuild_command,
+)
+from groot_int8_ros.policy.files import atomic_file, sha256_of_file
+from offline_tools.engine.engines import LAYERS_SUFFIX
+from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection
+from offline_tools.engine.verdicts import LayerVerdict, Precision, count
+from offline_tools.quantize.graph_audit import audit_graph
+
+_TIMED_RUNS = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--engine", type=Path, help="audit this engine")
+    what.add_argument(
+        "--engines",
+        type=Path,
+        help=f"audit every engine of this folder (one of {ENGINE_FOLDER}/* in the bundle)",
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="load each engine here, on the GPU it was built for, and time its layers",
+    )
+    parser.add_argument("--all", action="store_true", help="list every layer, not the wrong ones")
+    parser.add_argument("--json", type=Path, help="write the verdicts to this file too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit, print, and return 1 if a layer that should be INT8 is not known to be."""
+    bundle = open_bundle(args.bundle, verify_hashes=False)
+    if args.engine is None and args.engines is None:
+        found = {
+            name: audit_graph(bundle.graph_path(name), record.quantization)
+            for name, record in bundle.manifest.graphs.items()
+        }
+        print("what the ONNX graphs say (an engine may still differ: --engines)")
+    else:
+        found = {path.stem: _audit_engine(bundle, path, time=args.time) for path in _engines(args)}
+    for name, verdicts in found.items():
+        _print(name, verdicts, list_all=args.all)
+    if args.json is not None:
+        _write(args.json, found)
+    return int(any(verdict.failed for verdicts in found.values() for verdict in verdicts))
+
+
+def _engines(args: argparse.Namespace) -> list[Path]:
+    if args.engine is not None:
+        return [args.engine]
+    paths = sorted(args.engines.glob(f"*{ENGINE_SUFFIX}"))
+    if not paths:
+        raise EngineError(
+            f"{args.engines} holds no engine. Build some: {rebuild_command(args.bundle)}"
+        )
+    return paths
+
+
+def _audit_engine(bundle: Bundle, path: Path, *, time: bool) -> list[LayerVerdict]:
+    manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
+    if not path.is_file() or sha256_of_file(path) != manifest.engine_sha256:
+        raise EngineError(
+            f"{path} is not the engine that its manifest speaks of. Build it again: "
+            + rebuild_command(bundle.folder, manifest.build_options)
+        )
+    by_file = {record.file: record for record in bundle.manifest.graphs.values()}
+    record = by_file.get(manifest.graph)
+    if record is None or any(
+        bundle.manifest.files.get(file, ("", 0))[0] != sha256
+        for file, sha256 in manifest.graph_sha256.items()
+    ):
+        raise EngineError(
+            f"{path} was built from another {manifest.graph} than the bundle has now. Build it "
+            f"again: {rebuild_command(bundle.folder, manifest.build_options)}"
+        )
+    layers = _layers(bundle, path, time=time)
+    wanted = {
+        verdict.layer: Precision.INT8 if manifest.quantization == "calibrator" else verdict.wanted
+        for verdict in audit_graph(bundle.folder / record.file, record.quantization)
+    }
+    return judge(layers, wanted)
+
+
+def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
+    recorded = path.with_name(path.stem + LAYERS_SUFFIX)
+    if not time:
+        if not recorded.is_file():
+            raise EngineError(
+                f"{recorded} is missing: nobody asked TensorRT about this engine when it was "
+                "built. Use --time on the device it was built for."
+            )
+        return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded))
+    graph = bundle.folder / "onnx" / f"{path.stem}.onnx"
+    engine = TensorRTEngine(graph, use_cuda_graph=False)
+    try:
+        layers = parse_inspection(engine.inspect(), str(path))
+        times = engine.layer_times_ms(_TIMED_RUNS)
+    finally:
+        engine.close()
+    by_name = {layer.name: layer for layer in layers}
+    print(f"{path.stem}: slowest layers, ms (TensorRT waits after each, so their sum is more)")
+    for name, milliseconds in sorted(times.items(), key=lambda item: -item[1])[:15]:
+        layer = by_name.get(name)
+        kind = layer.kind if layer else ""
+        print(f"  {milliseconds:9.4f}  {kind:16} {name[:60]:60} {layer.kernel if layer else ''}")
+    return layers
+
+
+def _print(name: str, verdicts: Sequence[LayerVerdict], *, list_all: bool) -> None:
+    wanted = sum(verdict.wanted is Precision.INT8 for verdict in verdicts)
+    proven = sum(
+        verdict.verdict is Precision.INT8
+        for verdict in verdicts
+        if verdict.wanted is Precision.INT8
+    )
+    counts = ", ".join(f"{number} {p.value}" for p, number in count(verdicts).items())
+    print(
+        f"{name}: {len(verdicts)} layers: {counts}; {proven} of {wanted} that should be are INT8"
+    )
+    for verdict in verdicts:
+        if list_all or verdict.failed:
+            mark = "!" if verdict.failed else " "
+            print(
+                f"  {mark} {verdict.layer:60} wanted {verdict.wanted.value:7} "
+                f"{verdict.verdict.value:7} {verdict.evidence}"
+            )
+
+
+def _write(path: Path, found: dict[str, list[LayerVerdict]]) -> None:
+    content = {
+        name: [
+            {
+                "layer": verdict.layer,
+                "wanted": verdict.wanted.value,
+                "verdict": verdict.verdict.value,
+                "evidence": verdict.evidence,
+            }
+            for verdict in verdicts
+        ]
+        for name, verdicts in found.items()
+    }
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
