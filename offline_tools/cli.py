@@ -38,6 +38,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     ),
     "export": ("offline_tools.export.command", "write a bundle from a checkpoint"),
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
+    "calibrate": (
+        "offline_tools.calibration.command",
+        "capture calibration data from a dataset, a bag or a robot's recorder",
+    ),
     "build-check": (
         "offline_tools.engine.check_command",
         "parse and build a bundle's graphs with TensorRT-RTX, which needs no GPU",

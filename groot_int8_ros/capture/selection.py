@@ -10,10 +10,10 @@ a run that is still going on, the same goal is met one observation at a time, as
 clustering of Charikar et al. (1997) does: a new observation is kept if it is farther from every
 kept one than the two closest kept ones are from each other; of those two, the one that is nearer
 to the rest goes. So the smallest mutual distance never falls, and a budget of k is always used
-whole. Their factor of 8 is not guaranteed in return, for it costs up to half of the budget; in the tests
-the radius stays within 1.6 times that of farthest-point selection on wandering arms, and within
-three times where time alone tells observations apart. A new observation takes O(k) steps, the memory is
-O(k), and nothing is drawn at random: the same run gives the same set.
+whole. Their factor of 8 is not guaranteed in return, for it costs up to half of the budget; in the
+tests the radius stays within 1.6 times that of farthest-point selection on wandering arms, and
+within three times where time alone tells observations apart. A new observation takes O(k) steps,
+the memory is O(k), and nothing is drawn at random: the same run gives the same set.
 
 An observation's distance from another has three parts, added as squares:
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ from rclpy.validate_topic_name import validate_topic_name
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import CameraSpec, JointSpec, JointUnit
+from groot_int8_ros.ros.topics import default_image_topic
 
 TRANSPORTS = ("raw", "compressed")
 _UNITS = get_args(JointUnit)
@@ -310,12 +310,9 @@ class Parameters:
                 f"parameter '{prefix}.transport' must be one of {', '.join(TRANSPORTS)}, not "
                 f"{transport!r}"
             )
-        # A key is any string; a topic is not.
-        topic_key = re.sub(r"[^A-Za-z0-9_/]", "_", camera.key)
         topic = self._declare(
             f"{prefix}.topic",
-            f"cameras/{topic_key}/image_raw"
-            + ("/compressed" if transport == "compressed" else ""),
+            default_image_topic(camera.key, transport),
             ParameterDescriptor(description=f"Topic of the images of camera {camera.key}."),
         )
         fault = _topic_fault(f"{prefix}.topic", topic)

@@ -1,0 +1,1 @@
+"""Capturing calibration data from recordings, and completing what a robot captured."""
