@@ -39,7 +39,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="qdq: the bundle's own Q/DQ nodes; calibrator: TensorRT's entropy calibration of a "
         "float bundle, up to TensorRT 10 (default: what the bundle has)",
     )
-    add("--captures", type=Path, help="capture store that the calibrator is fed from")
+    add(
+        "--captures",
+        type=Path,
+        help="capture store that the calibrator is fed from (default: the one in the bundle)",
+    )
     add(
         "--calibration-cache",
         type=Path,
@@ -123,8 +127,11 @@ def options_of(args: argparse.Namespace) -> BuildOptions:
 
 
 def _words(args: argparse.Namespace) -> tuple[str, ...]:
+    parser = argparse.ArgumentParser()
+    configure(parser)
     words: list[str] = []
-    for name, value in vars(args).items():
+    for name in vars(parser.parse_args(["--bundle", "."])):
+        value = getattr(args, name)
         if name in _NOT_REBUILT or value in (None, False, "auto"):
             continue
         option = "--" + name.replace("_", "-")

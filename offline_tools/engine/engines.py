@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groot_int8_ros.capture.store import CAPTURED_GRAPHS, CaptureStore
+from groot_int8_ros.capture.store import CAPTURED_GRAPHS, INDEX_FILE, CaptureStore
 from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, GraphRecord, open_bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
@@ -407,9 +407,9 @@ def _precision_of(name: str, record: GraphRecord, options: BuildOptions) -> tupl
 def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
     if job.quantization != "calibrator":
         return None, ""
-    store = None
-    if job.captures is not None:
-        store = CaptureStore.open(job.captures)
+    own = job.bundle / CALIBRATION_FOLDER
+    folder = own if job.captures is None and (own / INDEX_FILE).is_file() else job.captures
+    store = None if folder is None else CaptureStore.open(folder)
     if job.cache.is_file():
         digest = None if store is None else store.content_sha256
         found = check_cache(job.cache, job.graph_sha256, digest)
@@ -421,7 +421,7 @@ def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
         )
     store.check_bundle(open_bundle(job.bundle, verify_hashes=False).manifest)
     feeds = store.feeds(job.name)
-    batches = describe_batches(job.record.inputs, lambda: feeds, f"{job.captures}")
+    batches = describe_batches(job.record.inputs, lambda: feeds, str(store.folder))
     return Calibration(batches, None), store.content_sha256
 
 

@@ -191,9 +191,10 @@ class TensorRTEngine:
 
         TensorRT waits for every layer when it measures, so the sum is more than a run takes.
         """
-        trt, totals = self._trt, dict[str, float]()
+        trt: Any = self._trt
+        totals: dict[str, float] = {}
 
-        class Profiler(trt.IProfiler):  # type: ignore[misc]
+        class Profiler(trt.IProfiler):  # type: ignore[misc, name-defined]
             def __init__(self) -> None:
                 trt.IProfiler.__init__(self)
 
