@@ -12,8 +12,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.errors import ConfigurationError, EngineError
+from groot_int8_ros.policy.bundle import GRAPH_FOLDER, Bundle, open_bundle
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_FOLDER,
@@ -23,7 +23,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 )
 from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.engines import LAYERS_SUFFIX
-from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection
+from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
 from offline_tools.engine.verdicts import LayerVerdict, Precision, count
 from offline_tools.quantize.graph_audit import audit_graph
 
@@ -45,12 +45,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load each engine here, on the GPU it was built for, and time its layers",
     )
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        help="kernels that a run of --engine launched, as ncu or nsys lists them in CSV: they "
+        "decide about regions that TensorRT's inspector does not open",
+    )
     parser.add_argument("--all", action="store_true", help="list every layer, not the wrong ones")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file too")
 
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and return 1 if a layer that should be INT8 is not known to be."""
+    if args.kernels is not None and args.engine is None:
+        raise ConfigurationError("--kernels are those of one engine: name it with --engine")
     bundle = open_bundle(args.bundle, verify_hashes=False)
     if args.engine is None and args.engines is None:
         found = {
@@ -59,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         }
         print("what the ONNX graphs say (an engine may still differ: --engines)")
     else:
-        found = {path.stem: _audit_engine(bundle, path, time=args.time) for path in _engines(args)}
+        ran = [] if args.kernels is None else read_kernels(_text(args.kernels))
+        found = {
+            path.stem: _audit_engine(bundle, path, ran, time=args.time) for path in _engines(args)
+        }
     for name, verdicts in found.items():
         _print(name, verdicts, list_all=args.all)
     if args.json is not None:
@@ -78,7 +89,16 @@ def _engines(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
-def _audit_engine(bundle: Bundle, path: Path, *, time: bool) -> list[LayerVerdict]:
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+
+
+def _audit_engine(
+    bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool
+) -> list[LayerVerdict]:
     manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
     if not path.is_file() or sha256_of_file(path) != manifest.engine_sha256:
         raise EngineError(
@@ -100,7 +120,7 @@ def _audit_engine(bundle: Bundle, path: Path, *, time: bool) -> list[LayerVerdic
         verdict.layer: Precision.INT8 if manifest.quantization == "calibrator" else verdict.wanted
         for verdict in audit_graph(bundle.folder / record.file, record.quantization)
     }
-    return judge(layers, wanted)
+    return judge(layers, wanted, ran)
 
 
 def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
@@ -112,7 +132,7 @@ def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
                 "built. Use --time on the device it was built for."
             )
         return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded))
-    graph = bundle.folder / "onnx" / f"{path.stem}.onnx"
+    graph = bundle.folder / GRAPH_FOLDER / f"{path.stem}.onnx"
     engine = TensorRTEngine(graph, use_cuda_graph=False)
     try:
         layers = parse_inspection(engine.inspect(), str(path))

@@ -17,7 +17,7 @@ from __future__ import annotations
 import resource
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from groot_int8_ros.errors import EngineError
+from groot_int8_ros.errors import CalibrationError, EngineError
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.tensorrt_engine import make_logger
@@ -174,12 +174,13 @@ def build_plan(
         flags += _configure(config, settings, library)
         if not strong:
             flags += _configure_precision(config, network, build, library)
-        profile = _profile(builder, build.profiles)
+        varying = _fix_shapes(network, build.profiles)
+        profile = _profile(builder, varying)
         if profile is not None:
             config.add_optimization_profile(profile)
         result: CalibrationResult | None = None
         if build.calibration is not None:
-            calibrator, result = _calibrate(builder, config, network, build, library)
+            calibrator, result = _calibrate(builder, config, network, build, varying, library)
             config.int8_calibrator = calibrator
         if timing_cache is not None and not library.is_rtx:
             config.set_timing_cache(config.create_timing_cache(timing_cache), False)
@@ -292,24 +293,24 @@ def _configure_precision(
 ) -> list[str]:
     """Set the flags of a weakly typed build, and hold what the graph wants in float32 to it."""
     trt = library.trt
-    wanted = {
-        ("fp32", False): (),
-        ("fp16", False): ("FP16",),
-        ("bf16", False): ("BF16",),
-        ("int8", False): ("INT8", "FP16"),
-        ("int8", True): ("INT8", "FP16"),
-    }[(build.precision, build.calibration is not None)]
-    for name in wanted:
+    float32 = _float32_values(build.graph)
+    mixed = float32 is not None
+    if build.calibration is not None:
+        flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
+    elif build.precision == "int8":
+        flags = ["INT8", "FP16"] if mixed else ["INT8"]
+    else:
+        flags = {"fp32": [], "fp16": ["FP16"], "bf16": ["BF16"]}[build.precision]
+    for name in flags:
         config.set_flag(getattr(trt.BuilderFlag, name))
-    flags = list(wanted)
-    # A graph that mixes types says by them which layers are float32 on purpose.
-    held = _hold_float32(trt, network) if _mixes_types(trt, network) else 0
+    held = _hold_float32(trt, network, float32) if float32 is not None else 0
     if held:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         flags.append(f"{held} layers held in float32")
     return flags
 
 
+# What can lose by a lower precision; a shuffle or a gather moves values and changes none.
 _ARITHMETIC = (
     "ACTIVATION",
     "ELEMENTWISE",
@@ -321,37 +322,60 @@ _ARITHMETIC = (
 )
 
 
-def _arithmetic_layers(trt: Any, network: Any) -> Iterable[Any]:
+def _float32_values(graph: Path) -> frozenset[str] | None:
+    """Return the values that a graph of mixed types keeps in float32; None if it has no other.
+
+    Read from the graph, since TensorRT 8.6 calls every value of a weakly typed network float32.
+    Values that an INT8 layer computes are left out: they are float32 in the graph and not in the
+    engine.
+    """
+    import onnx_ir as ir
+
+    float32, has_float16 = set(), False
+    for node in ir.load(graph).graph:
+        dequantised = any(
+            value is not None
+            and (producer := value.producer()) is not None
+            and producer.op_type == "DequantizeLinear"
+            for value in node.inputs
+        )
+        for value in node.outputs:
+            has_float16 |= value.dtype == ir.DataType.FLOAT16
+            if value.dtype == ir.DataType.FLOAT and value.name and not dequantised:
+                float32.add(value.name)
+    return frozenset(float32) if has_float16 else None
+
+
+def _hold_float32(trt: Any, network: Any, float32: frozenset[str]) -> int:
     kinds = {getattr(trt.LayerType, name) for name in _ARITHMETIC if hasattr(trt.LayerType, name)}
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type in kinds:
-            yield layer
-
-
-def _mixes_types(trt: Any, network: Any) -> bool:
-    return any(
-        layer.get_output(0).dtype == trt.float16 for layer in _arithmetic_layers(trt, network)
-    )
-
-
-def _hold_float32(trt: Any, network: Any) -> int:
-    dequantised = set()
-    for index in range(network.num_layers):
-        layer = network.get_layer(index)
-        if layer.type == trt.LayerType.DEQUANTIZE:
-            dequantised.add(layer.get_output(0).name)
     held = 0
-    for layer in _arithmetic_layers(trt, network):
-        inputs = [layer.get_input(i) for i in range(layer.num_inputs)]
-        # The products of an INT8 layer are float32 in the graph and INT8 in the engine.
-        if any(tensor is not None and tensor.name in dequantised for tensor in inputs):
-            continue
-        if layer.get_output(0).dtype == trt.float32:
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type in kinds and layer.get_output(0).name in float32:
             layer.precision = trt.float32
             layer.set_output_type(0, trt.float32)
             held += 1
     return held
+
+
+def _fix_shapes(network: Any, profiles: Mapping[str, Profile]) -> dict[str, Profile]:
+    """Write into the network what does not vary after all; return the profiles that remain.
+
+    An axis whose smallest and largest length agree is known to TensorRT as a constant then, which
+    lets it fuse more and lets its inspector tell formats.
+    """
+    remaining = {}
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if tensor.name not in profiles:
+            continue
+        smallest, _, largest = profile = profiles[tensor.name]
+        tensor.shape = tuple(
+            low if low == high else -1 for low, high in zip(smallest, largest, strict=True)
+        )
+        if smallest != largest:
+            remaining[tensor.name] = profile
+    return remaining
 
 
 def _profile(builder: Any, shapes: Mapping[str, Profile]) -> Any:
@@ -364,7 +388,12 @@ def _profile(builder: Any, shapes: Mapping[str, Profile]) -> Any:
 
 
 def _calibrate(
-    builder: Any, config: Any, network: Any, build: GraphBuild, library: Library
+    builder: Any,
+    config: Any,
+    network: Any,
+    build: GraphBuild,
+    varying: Mapping[str, Profile],
+    library: Library,
 ) -> tuple[Any, CalibrationResult]:
     assert build.calibration is not None
     batches = build.calibration.batches
@@ -373,17 +402,21 @@ def _calibrate(
         tensor = network.get_input(index)
         dtypes[tensor.name] = np.dtype(library.trt.nptype(tensor.dtype))
     cuda = None
+    shapes = {name: profile[1] for name, profile in varying.items()}
     if batches is not None:
         cuda = Cuda()
-        shapes = {name: batches.shapes[name] for name in build.profiles}
+        for name, (smallest, _, largest) in build.profiles.items():
+            if smallest == largest != batches.shapes[name]:
+                raise CalibrationError(
+                    f"the samples have {name} of shape {list(batches.shapes[name])}, and the "
+                    f"engine is built for {list(largest)} alone: leave out --exact, or give the "
+                    "samples' length as --max-seq-len"
+                )
         # Calibration runs at one shape of its own: that of the longest sample.
-        profile = _profile(builder, {name: (s, s, s) for name, s in shapes.items()})
-        if profile is not None:
-            config.set_calibration_profile(profile)
-    elif build.profiles:
-        config.set_calibration_profile(
-            _profile(builder, {n: (p[1], p[1], p[1]) for n, p in build.profiles.items()})
-        )
+        shapes = {name: batches.shapes[name] for name in varying}
+    profile = _profile(builder, {name: (s, s, s) for name, s in shapes.items()})
+    if profile is not None:
+        config.set_calibration_profile(profile)
     return make_entropy_calibrator(library.trt, cuda, batches, build.calibration.cache, dtypes)
 
 

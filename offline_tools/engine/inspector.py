@@ -13,6 +13,7 @@ being part of a fused region proves anything: regions that TensorRT compiles as 
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,7 +39,11 @@ _FLOAT_KERNEL = re.compile(
     r"h64x\d+",
     re.IGNORECASE,
 )
+_INT8_FORMAT = re.compile(r"int8", re.IGNORECASE)
+_FLOAT_FORMAT = re.compile(r"fp32|fp16|bf16|float|half", re.IGNORECASE)
 _OPAQUE = re.compile(r"ForeignNode|myelin", re.IGNORECASE)
+_PRODUCT_KERNEL = re.compile(r"gemm|gemv|smallN|mha|fmha", re.IGNORECASE)
+_NO_ARITHMETIC = frozenset({"Reformat", "MyelinReformat", "NoOp", "Shape", "Constant"})
 _PRODUCT_LAYER = re.compile(r"gemm|matrix.?mul|matmul|convolution|fully.?connected", re.IGNORECASE)
 
 
@@ -76,12 +81,12 @@ class EngineLayer:
             return Precision.INT8
         if _FLOAT_KERNEL.search(self.kernel):
             return Precision.FLOAT
-        if not self.input_formats:
-            return Precision.UNKNOWN
-        int8 = [_is_int8(text) for text in self.input_formats]
-        if not any(int8):
+        # Formats of an engine with varying shapes may read "N/A": they tell nothing.
+        if any(_INT8_FORMAT.search(text) for text in self.input_formats):
+            return Precision.INT8 if _PRODUCT_LAYER.search(self.kind) else Precision.UNKNOWN
+        if self.input_formats and all(map(_FLOAT_FORMAT.search, self.input_formats)):
             return Precision.FLOAT
-        return Precision.INT8 if _PRODUCT_LAYER.search(self.kind) else Precision.UNKNOWN
+        return Precision.UNKNOWN
 
     def evidence(self) -> str:
         """Return what the verdict rests on."""
@@ -102,8 +107,8 @@ def parse_inspection(text: str, source: str) -> list[EngineLayer]:
         EngineError: It is no such JSON, or the engine was built without detailed verbosity.
     """
     try:
-        # 8.6 writes commas that no JSON allows.
-        content = json.loads(re.sub(r",(\s*[\]}])", r"\1", text))
+        # 8.6 writes commas that no JSON allows, and generated code with tabs inside its strings.
+        content = json.loads(re.sub(r",(\s*[\]}])", r"\1", text), strict=False)
         records = content["Layers"]
     except (ValueError, KeyError, TypeError) as error:
         raise EngineError(f"{source} is no inspection of an engine: {error}") from error
@@ -118,14 +123,16 @@ def parse_inspection(text: str, source: str) -> list[EngineLayer]:
 def judge(
     layers: Sequence[EngineLayer],
     wanted: Mapping[str, Precision],
-    kernels: Mapping[str, str] | None = None,
+    ran: Sequence[str] = (),
 ) -> list[LayerVerdict]:
     """Say of each layer of the graph what the engine made of it.
 
     Args:
         layers: The engine's layers.
         wanted: Layer of the graph to what it should be.
-        kernels: Names of kernels by engine layer, from a profiler, where there was one.
+        ran: Names of the kernels that one run of the engine launched, from a profiler. They decide
+            about regions that the inspector does not open where they all say the same: where no
+            int8 product ran at all, no layer inside is INT8.
 
     Returns:
         A verdict for each of `wanted`, in its order.
@@ -134,27 +141,55 @@ def judge(
     for layer in layers:
         for node in layer.nodes:
             by_node.setdefault(node, []).append(layer)
-    return [_judge(name, asked, by_node, kernels or {}) for name, asked in wanted.items()]
+    inside = _judge_opaque(ran)
+    return [_judge(name, asked, by_node, layers, inside) for name, asked in wanted.items()]
 
 
 def _judge(
     name: str,
     asked: Precision,
     by_node: Mapping[str, Sequence[EngineLayer]],
-    kernels: Mapping[str, str],
+    layers: Sequence[EngineLayer],
+    inside: tuple[Precision, str],
 ) -> LayerVerdict:
     candidates = [
         layer
         for product in _PRODUCTS
         for layer in by_node.get(f"{name}/{product}", ())
         # A conversion in front of a product carries the node's name too and decides nothing.
-        if layer.kind not in {"Reformat", "NoOp", "Shape", "Constant"}
+        if layer.kind not in _NO_ARITHMETIC
     ]
+    regions = [layer for layer in layers if layer.is_opaque]
+    if not candidates and regions:
+        # A region is named by its first and last node alone; what is nowhere else is in one.
+        precision, reason = inside
+        where = f"inside {regions[0].name[:50]} or the like, which the inspector does not open"
+        return LayerVerdict(name, asked, precision, f"{where}; {reason}" if reason else where)
     if not candidates:
         return LayerVerdict(name, asked, Precision.UNKNOWN, "no layer of the engine names it")
+    evidence = "; ".join(dict.fromkeys(layer.evidence() for layer in candidates))
+    if all(layer.is_opaque for layer in candidates):
+        precision, reason = inside
+        return LayerVerdict(
+            name, asked, precision, f"{evidence}; {reason}" if reason else evidence
+        )
     found = {layer.precision for layer in candidates}
     precision = found.pop() if len(found) == 1 else _product_precision(candidates)
-    return LayerVerdict(name, asked, precision, "; ".join(_evidence(candidates, kernels)))
+    return LayerVerdict(name, asked, precision, evidence)
+
+
+def _judge_opaque(ran: Sequence[str]) -> tuple[Precision, str]:
+    """Say what the kernels of a whole run tell about a region that is not opened."""
+    int8 = sum(bool(_INT8_KERNEL.search(name)) for name in ran)
+    floating = sum(
+        bool(_PRODUCT_KERNEL.search(name)) and not _INT8_KERNEL.search(name) for name in ran
+    )
+    if not int8 and not floating:
+        return Precision.UNKNOWN, "" if not ran else "no product among the kernels that ran"
+    reason = f"{int8} int8 and {floating} floating products ran in the whole engine"
+    if int8 and floating:
+        return Precision.UNKNOWN, reason
+    return (Precision.INT8 if int8 else Precision.FLOAT), reason
 
 
 def _product_precision(candidates: Iterable[EngineLayer]) -> Precision:
@@ -167,11 +202,24 @@ def _product_precision(candidates: Iterable[EngineLayer]) -> Precision:
     return found.pop() if len(found) == 1 else Precision.UNKNOWN
 
 
-def _evidence(candidates: Iterable[EngineLayer], kernels: Mapping[str, str]) -> list[str]:
-    return [
-        layer.evidence() + (f"; ran {kernels[layer.name]}" if layer.name in kernels else "")
-        for layer in candidates
-    ]
+def read_kernels(text: str) -> list[str]:
+    """Read the kernels of a run out of what a profiler wrote.
+
+    Args:
+        text: The CSV of Nsight Compute (`ncu --csv`) or of Nsight Systems (`nsys stats --report
+            cuda_gpu_trace --format csv`), or one kernel a line.
+
+    Returns:
+        One name for each launch.
+    """
+    lines = text.splitlines()
+    for start, line in enumerate(lines):
+        header = next(csv.reader([line]), [])
+        for column in ("Kernel Name", "Name"):
+            if column in header:
+                rows = csv.DictReader(lines[start:])
+                return [row[column] for row in rows if row.get(column)]
+    return [line.strip() for line in lines if line.strip()]
 
 
 def _layer(record: Mapping[str, Any]) -> EngineLayer:
@@ -195,7 +243,3 @@ def _formats(tensors: object) -> tuple[str, ...]:
     return tuple(
         str(tensor.get("Format/Datatype", tensor.get("Format", ""))) for tensor in tensors
     )
-
-
-def _is_int8(text: str) -> bool:
-    return bool(re.search(r"int8", text, re.IGNORECASE))

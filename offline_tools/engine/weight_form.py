@@ -48,7 +48,14 @@ def write_with_float_weights(graph: Path, target: Path) -> int:
             raise RuntimeError(f"{node.name}: a DequantizeLinear without an input")
         if codes.name not in rewritten:
             rewritten[codes.name] = _quantised_again(model.graph, node, codes)
-        node.replace_input_with(0, rewritten[codes.name])
+        quantised = rewritten[codes.name]
+        # 8.6 reads a zero point whether there is one or not; without one a Q gives uint8 besides.
+        zero = _producer(quantised).inputs[2]
+        scale = node.inputs[1]
+        node.resize_inputs(3)
+        node.replace_input_with(0, quantised)
+        node.replace_input_with(1, scale)
+        node.replace_input_with(2, zero)
     for name in rewritten:
         del model.graph.initializers[name]
     ir.save(
@@ -94,9 +101,17 @@ def _quantised_again(graph: ir.Graph, node: ir.Node, codes: ir.Value) -> ir.Valu
         ),
     )
     graph.initializers[name] = weight
+    zeros = np.zeros(scales.numpy().shape, np.int8)
+    zero = ir.Value(
+        name=f"{codes.name}/zero_point",
+        shape=ir.Shape(zeros.shape),
+        type=ir.TensorType(ir.DataType.INT8),
+        const_value=ir.tensor(zeros),
+    )
+    graph.initializers[str(zero.name)] = zero
     quantise = ir.node(
         "QuantizeLinear",
-        [weight, *node.inputs[1:]],
+        [weight, scale, zero],
         attributes={"axis": axis},
         name=f"{codes.name}/QuantizeLinear",
     )
@@ -105,6 +120,13 @@ def _quantised_again(graph: ir.Graph, node: ir.Node, codes: ir.Value) -> ir.Valu
     output.shape, output.type = codes.shape, ir.TensorType(ir.DataType.INT8)
     graph.insert_before(node, quantise)
     return output
+
+
+def _producer(value: ir.Value) -> ir.Node:
+    node = value.producer()
+    if node is None:
+        raise RuntimeError(f"{value.name} has no producer")
+    return node
 
 
 def _dequantise(codes: NDArray[np.int8], scales: NDArray[np.floating], axis: int) -> NDArray:  # type: ignore[type-arg]

@@ -189,7 +189,8 @@ class TensorRTEngine:
     def layer_times_ms(self, runs: int) -> dict[str, float]:
         """Return the mean time of each of the engine's layers on the current inputs.
 
-        TensorRT waits for every layer when it measures, so the sum is more than a run takes.
+        TensorRT waits for every layer when it measures, so the sum is more than a run takes. The
+        engine keeps measuring afterwards: close it.
         """
         trt: Any = self._trt
         totals: dict[str, float] = {}
@@ -201,15 +202,12 @@ class TensorRTEngine:
             def report_layer_time(self, layer_name: str, ms: float) -> None:
                 totals[layer_name] = totals.get(layer_name, 0.0) + ms
 
-        context = self._engine.create_execution_context()
+        # On its own context: another would need an optimisation profile of its own.
+        self._stop_using_graphs("off, for its layers were timed")
         profiler = Profiler()
-        context.profiler = profiler
-        for name, shape in self._shapes.items():
-            context.set_input_shape(name, shape)
-        for name, buffer in self._buffers.items():
-            context.set_tensor_address(name, buffer.device)
+        self._context.profiler = profiler
         for _ in range(runs):
-            context.execute_async_v3(int(self._stream))
+            self._enqueue()
             self._cuda.synchronize(self._stream)
         return {name: total / runs for name, total in totals.items()}
 
@@ -364,7 +362,8 @@ class TensorRTEngine:
             self._launch()
             self._cuda.synchronize(self._stream)
         except EngineError as error:
-            self._stop_using_graphs(f"capture failed: {error}")
+            reason = self._log.errors[-1] if self._log.errors else str(error)
+            self._stop_using_graphs(f"capture failed: {_short(reason)}")
         else:
             if all(_agree(plain[name], self._read(name)) for name in plain):
                 self.cuda_graph_state = "in use"
@@ -385,6 +384,7 @@ class TensorRTEngine:
             if not buffer.shared:
                 size = math.prod(self._shapes[name]) * buffer.dtype.itemsize
                 self._cuda.copy_to_device(buffer.device, buffer.host, size, self._stream)
+        self._log.errors.clear()
         if not self._context.execute_async_v3(int(self._stream)):
             raise self._failure("failed")
         for name in self._manifest.outputs:
@@ -427,7 +427,6 @@ class TensorRTEngine:
 
     def _failure(self, what: str) -> EngineError:
         reasons = "; ".join(self._log.errors[-3:]) or "TensorRT gave no reason"
-        self._log.errors.clear()
         return EngineError(f"{self._path} {what}: {reasons} ({self._forecast})")
 
 
@@ -447,6 +446,11 @@ def _agree(plain: NDArray[Any], replayed: NDArray[Any]) -> bool:
     a, b = plain.astype(np.float64), replayed.astype(np.float64)
     scale = float(np.max(np.abs(a), initial=0.0, where=np.isfinite(a)))
     return bool(np.allclose(a, b, rtol=0, atol=1e-2 * scale, equal_nan=True))
+
+
+def _short(reason: str) -> str:
+    """Return the end of TensorRT's message, which says what is wrong; the source line does not."""
+    return " ".join(reason.split())[-120:]
 
 
 def _recorded_hashes(bundle: Path) -> dict[str, str]:
