@@ -26,6 +26,7 @@ from offline_tools.engine.engines import LAYERS_SUFFIX
 from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
 from offline_tools.engine.verdicts import LayerVerdict, Precision, count
 from offline_tools.quantize.graph_audit import audit_graph
+from offline_tools.quantize.layers import load_graph
 
 _TIMED_RUNS = 20
 
@@ -89,6 +90,11 @@ def _engines(args: argparse.Namespace) -> list[Path]:
     return paths
 
 
+def count_products(graph: Path) -> int:
+    """Return how many matrix products a graph has, those of two activations included."""
+    return sum(node.op_type in ("MatMul", "Gemm") for node in load_graph(graph).graph)
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -120,7 +126,9 @@ def _audit_engine(
         verdict.layer: Precision.INT8 if manifest.quantization == "calibrator" else verdict.wanted
         for verdict in audit_graph(bundle.folder / record.file, record.quantization)
     }
-    return judge(layers, wanted, ran)
+    products = count_products(bundle.folder / record.file)
+    asked = sum(precision is Precision.INT8 for precision in wanted.values())
+    return judge(layers, wanted, ran, products - asked)
 
 
 def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:

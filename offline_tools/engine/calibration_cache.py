@@ -2,7 +2,7 @@
 
 Owns: the file format and the check that a cache belongs to a graph. Must not import torch or
 TensorRT: a cache that another TensorRT wrote is read here too. The format is one header line,
-`TRT-<version>-<algorithm>`, and then a line a tensor, `<name>: <scale as the 8 hexadecimal digits
+`TRT-<version>-<algorithm>`, and then a line a tensor, `<name>: <scale as the hexadecimal digits
 of a big-endian float32>`; the scale is the largest kept magnitude over 127.
 """
 
@@ -75,12 +75,13 @@ def read_cache(path: Path) -> CalibrationCache:
             continue
         name, separator, digits = line.rpartition(": ")
         try:
-            if not separator or len(digits) != 8:
+            # TensorRT leaves leading zeros out: a scale of zero is written as `0`.
+            if not separator or not 1 <= len(digits) <= 8:
                 raise ValueError
-            (scale,) = struct.unpack(">f", bytes.fromhex(digits))
+            (scale,) = struct.unpack(">f", bytes.fromhex(digits.zfill(8)))
         except ValueError:
             raise CalibrationError(
-                f"{path}, line {number}: {line!r:.80} is no `name: 8 hexadecimal digits`; the "
+                f"{path}, line {number}: {line!r:.80} is no `name: hexadecimal digits`; the "
                 "file is damaged. Calibrate again."
             ) from None
         if not math.isfinite(scale) or scale < 0:

@@ -42,7 +42,9 @@ _FLOAT_KERNEL = re.compile(
 _INT8_FORMAT = re.compile(r"int8", re.IGNORECASE)
 _FLOAT_FORMAT = re.compile(r"fp32|fp16|bf16|float|half", re.IGNORECASE)
 _OPAQUE = re.compile(r"ForeignNode|myelin", re.IGNORECASE)
-_PRODUCT_KERNEL = re.compile(r"gemm|gemv|smallN|mha|fmha", re.IGNORECASE)
+# Myelin computes a product with one row as a multiplication and a sum in a generated kernel.
+_PRODUCT_KERNEL = re.compile(r"gemm|gemv|smallN|mha|__myl\w*MulSum", re.IGNORECASE)
+_FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)
 _NO_ARITHMETIC = frozenset({"Reformat", "MyelinReformat", "NoOp", "Shape", "Constant"})
 _PRODUCT_LAYER = re.compile(r"gemm|matrix.?mul|matmul|convolution|fully.?connected", re.IGNORECASE)
 
@@ -70,7 +72,9 @@ class EngineLayer:
     @property
     def is_opaque(self) -> bool:
         """Whether it is a region that was compiled as a whole, whose inside is not told."""
-        return bool(_OPAQUE.search(self.kind) or "ForeignNode" in self.name) and not self.kernel
+        if self.kind in _NO_ARITHMETIC or self.kernel:
+            return False
+        return bool(_OPAQUE.search(self.kind)) or "ForeignNode" in self.name
 
     @property
     def precision(self) -> Precision:
@@ -94,6 +98,26 @@ class EngineLayer:
             return f"inside {self.name[:60]}, which the inspector does not open"
         formats = " and ".join(self.input_formats[:2]) or "formats unknown"
         return f"{self.kind}: {formats}; kernel {self.kernel or 'unknown'}"
+
+
+@dataclass(frozen=True)
+class _Inside:
+    """What is known about layers inside regions that the inspector does not open.
+
+    Attributes:
+        int8: Verdict on those that should be INT8; None if unknown.
+        floating: Verdict on the others; None if unknown.
+        reason: What it rests on.
+    """
+
+    int8: Precision | None
+    floating: Precision | None
+    reason: str
+
+    def verdict(self, name: str, asked: Precision, where: str) -> LayerVerdict:
+        known = self.int8 if asked is Precision.INT8 else self.floating
+        evidence = f"{where}; {self.reason}" if self.reason else where
+        return LayerVerdict(name, asked, known or Precision.UNKNOWN, evidence)
 
 
 def parse_inspection(text: str, source: str) -> list[EngineLayer]:
@@ -124,6 +148,7 @@ def judge(
     layers: Sequence[EngineLayer],
     wanted: Mapping[str, Precision],
     ran: Sequence[str] = (),
+    float_products: int = 0,
 ) -> list[LayerVerdict]:
     """Say of each layer of the graph what the engine made of it.
 
@@ -131,8 +156,12 @@ def judge(
         layers: The engine's layers.
         wanted: Layer of the graph to what it should be.
         ran: Names of the kernels that one run of the engine launched, from a profiler. They decide
-            about regions that the inspector does not open where they all say the same: where no
-            int8 product ran at all, no layer inside is INT8.
+            about regions that the inspector does not open, where they can: if no int8 product
+            ran, no layer inside is INT8; if int8 products ran and no more floating ones than the
+            graph has anyway, none is left for a layer that should be INT8. (Attention products
+            are taken to run one a kernel, and two in a fused `mha` kernel.)
+        float_products: Products of the graph of which INT8 is not asked: those of two
+            activations, and float layers.
 
     Returns:
         A verdict for each of `wanted`, in its order.
@@ -141,7 +170,7 @@ def judge(
     for layer in layers:
         for node in layer.nodes:
             by_node.setdefault(node, []).append(layer)
-    inside = _judge_opaque(ran)
+    inside = _judge_opaque(ran, float_products)
     return [_judge(name, asked, by_node, layers, inside) for name, asked in wanted.items()]
 
 
@@ -150,7 +179,7 @@ def _judge(
     asked: Precision,
     by_node: Mapping[str, Sequence[EngineLayer]],
     layers: Sequence[EngineLayer],
-    inside: tuple[Precision, str],
+    inside: _Inside,
 ) -> LayerVerdict:
     candidates = [
         layer
@@ -162,34 +191,37 @@ def _judge(
     regions = [layer for layer in layers if layer.is_opaque]
     if not candidates and regions:
         # A region is named by its first and last node alone; what is nowhere else is in one.
-        precision, reason = inside
         where = f"inside {regions[0].name[:50]} or the like, which the inspector does not open"
-        return LayerVerdict(name, asked, precision, f"{where}; {reason}" if reason else where)
+        return inside.verdict(name, asked, where)
     if not candidates:
         return LayerVerdict(name, asked, Precision.UNKNOWN, "no layer of the engine names it")
     evidence = "; ".join(dict.fromkeys(layer.evidence() for layer in candidates))
     if all(layer.is_opaque for layer in candidates):
-        precision, reason = inside
-        return LayerVerdict(
-            name, asked, precision, f"{evidence}; {reason}" if reason else evidence
-        )
+        return inside.verdict(name, asked, evidence)
     found = {layer.precision for layer in candidates}
     precision = found.pop() if len(found) == 1 else _product_precision(candidates)
     return LayerVerdict(name, asked, precision, evidence)
 
 
-def _judge_opaque(ran: Sequence[str]) -> tuple[Precision, str]:
+def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:
     """Say what the kernels of a whole run tell about a region that is not opened."""
     int8 = sum(bool(_INT8_KERNEL.search(name)) for name in ran)
     floating = sum(
-        bool(_PRODUCT_KERNEL.search(name)) and not _INT8_KERNEL.search(name) for name in ran
+        2 if _FUSED_ATTENTION.search(name) else 1
+        for name in ran
+        if _PRODUCT_KERNEL.search(name) and not _INT8_KERNEL.search(name)
     )
     if not int8 and not floating:
-        return Precision.UNKNOWN, "" if not ran else "no product among the kernels that ran"
-    reason = f"{int8} int8 and {floating} floating products ran in the whole engine"
-    if int8 and floating:
-        return Precision.UNKNOWN, reason
-    return (Precision.INT8 if int8 else Precision.FLOAT), reason
+        return _Inside(None, None, "" if not ran else "no product among the kernels that ran")
+    reason = (
+        f"{int8} int8 and {floating} floating products ran, and the graph has {float_products} "
+        "that should be floating"
+    )
+    if not int8:
+        return _Inside(Precision.FLOAT, Precision.FLOAT, reason)
+    if floating <= float_products:
+        return _Inside(Precision.INT8, Precision.FLOAT if floating else None, reason)
+    return _Inside(None, None, reason)
 
 
 def _product_precision(candidates: Iterable[EngineLayer]) -> Precision:
