@@ -49,8 +49,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernels",
         type=Path,
-        help="kernels that a run of --engine launched, as ncu or nsys lists them in CSV: they "
-        "decide about regions that TensorRT's inspector does not open",
+        help="kernels that one run of --engine launched, as ncu or nsys lists them in CSV: they "
+        "decide about regions that TensorRT's inspector does not open (see --run-once)",
+    )
+    parser.add_argument(
+        "--run-once",
+        action="store_true",
+        help="load --engine, run it once and end: for the profiler that lists --kernels",
     )
     parser.add_argument("--all", action="store_true", help="list every layer, not the wrong ones")
     parser.add_argument("--json", type=Path, help="write the verdicts to this file too")
@@ -58,9 +63,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Audit, print, and return 1 if a layer that should be INT8 is not known to be."""
-    if args.kernels is not None and args.engine is None:
-        raise ConfigurationError("--kernels are those of one engine: name it with --engine")
+    if args.engine is None and (args.kernels is not None or args.run_once):
+        raise ConfigurationError("--kernels and --run-once are for one engine: name it (--engine)")
     bundle = open_bundle(args.bundle, verify_hashes=False)
+    if args.run_once:
+        # Loading runs an engine once, to warm it up.
+        TensorRTEngine(_graph(bundle, args.engine), use_cuda_graph=False).close()
+        return 0
     if args.engine is None and args.engines is None:
         found = {
             name: audit_graph(bundle.graph_path(name), record.quantization)
@@ -140,8 +149,7 @@ def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
                 "built. Use --time on the device it was built for."
             )
         return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded))
-    graph = bundle.folder / GRAPH_FOLDER / f"{path.stem}.onnx"
-    engine = TensorRTEngine(graph, use_cuda_graph=False)
+    engine = TensorRTEngine(_graph(bundle, path), use_cuda_graph=False)
     try:
         layers = parse_inspection(engine.inspect(), str(path))
         times = engine.layer_times_ms(_TIMED_RUNS)
@@ -154,6 +162,10 @@ def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
         kind = layer.kind if layer else ""
         print(f"  {milliseconds:9.4f}  {kind:16} {name[:60]:60} {layer.kernel if layer else ''}")
     return layers
+
+
+def _graph(bundle: Bundle, engine: Path) -> Path:
+    return bundle.folder / GRAPH_FOLDER / f"{engine.stem}.onnx"
 
 
 def _print(name: str, verdicts: Sequence[LayerVerdict], *, list_all: bool) -> None:

@@ -49,7 +49,7 @@ LAYERS_SUFFIX = ".layers.json"
 TIMING_CACHE = "timing.cache"
 CALIBRATION_FOLDER = "calibration"
 
-# A board of 16 GB that is shared with the CPU: scratch memory and kernel trials that leave room
+# A board whose 16 GB are shared with the CPU: scratch memory and kernel trials that leave room
 # for the weights, and the level below the default one, which tries fewer kernels.
 LOW_MEMORY = BuilderSettings(workspace_mb=256, tactic_mb=1024, level=2)
 

@@ -12,7 +12,7 @@ from groot_int8_ros.policy.bundle import open_bundle
 
 @pytest.fixture
 def int8_graph(tiny_bundle: Path) -> Callable[[str, Path], Path]:
-    """Writes a graph of the tiny bundle with every layer INT8, scaled row by row, into a folder."""
+    """Writes a graph of the tiny bundle, every layer INT8 and scaled row by row."""
     from groot_int8_ros.policy.quantization import LayerScheme
     from offline_tools.quantize.layers import find_layers, load_graph
     from offline_tools.quantize.qdq import quantize_graph
