@@ -57,8 +57,17 @@ EXTRAS = {
         "rosbags>=0.11.9",
         "rosbags-image>=0.10",
         "safetensors>=0.4.3",
+        "tqdm>=4.60",
         "torch==2.13.0",
         "transformers>=5.0",
+    ],
+    # Building, auditing and running TensorRT engines. TensorRT itself comes with JetPack, or as
+    # NVIDIA's wheel; CUDA 12 (JetPack 6) wants 'cuda-python<13'.
+    "tensorrt": [
+        "cuda-python>=12.4",
+        "onnx>=1.19",
+        "onnx-ir>=0.1.12",
+        "tqdm>=4.60",
     ],
     # A parser and builder of the TensorRT family that needs no GPU.
     "rtx": [f"tensorrt-rtx-cu13==1.7.1.116{WHEELS}"],

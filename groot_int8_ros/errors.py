@@ -38,6 +38,10 @@ class EngineError(GrootError):
     """An inference engine cannot be loaded or does not match the bundle."""
 
 
+class CalibrationError(GrootError):
+    """A calibration cache or its samples are missing, stale, damaged or too few."""
+
+
 class QuantizationError(GrootError):
     """A graph cannot be quantised as asked, or its INT8 form misses what was asked of it."""
 

@@ -53,8 +53,20 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "write an INT8 bundle from a float one and captured inputs",
     ),
     "build-check": (
-        "offline_tools.engine.command",
-        "parse and build a bundle's graphs with TensorRT-RTX (no GPU needed) or TensorRT",
+        "offline_tools.engine.check_command",
+        "parse and build a bundle's graphs with TensorRT-RTX, which needs no GPU",
+    ),
+    "build": (
+        "offline_tools.engine.build_command",
+        "build a bundle's TensorRT engines on the device that will run them",
+    ),
+    "audit": (
+        "offline_tools.engine.audit_command",
+        "say of each layer whether it is INT8, from the built engine or from the graph",
+    ),
+    "gpu-proof": (
+        "offline_tools.engine.gpu_proof",
+        "build, run, compare, audit and time engines of every kind on the GPU here",
     ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",

@@ -12,6 +12,8 @@ Layout::
     embodiment_id.json
     tokenizer.json
     onnx/*.onnx, *.onnx.data  the graphs
+    engines/                  TensorRT engines, each with a manifest of its own: they belong to a
+                              device, so they are no part of the verified content either
     reports/                  what later steps found out; not part of the verified content
 """
 

@@ -103,7 +103,12 @@ class Policy:
         engines: dict[str, Engine] = {}
         try:
             for name in GRAPH_FILES:
-                engines[name] = load_engine(engine, opened.graph_path(name), threads=threads)
+                engines[name] = load_engine(
+                    engine,
+                    opened.graph_path(name),
+                    threads=threads,
+                    verify_hashes=verify_hashes,
+                )
                 opened.check_engine(name, engines[name])
             return cls(opened, engines)
         except BaseException:

@@ -27,7 +27,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--size",
         choices=list(SIZES),
         default="tiny",
-        help="tiny, or full: the public sizes, 6.6 GB (default: %(default)s)",
+        help="tiny; narrow: few blocks, for a try on a GPU; full: the public sizes, 6.6 GB "
+        "(default: %(default)s)",
     )
     parser.add_argument(
         "--absolute-keys",

@@ -56,6 +56,23 @@ SIZES = {
         max_seq_len=64,
         action_horizon=ACTION_HORIZON,
     ),
+    # Few blocks, but wide enough that a GPU library has INT8 kernels for their products.
+    "narrow": ModelConfig(
+        vision=VisionConfig(hidden_size=192, layers=2, heads=4, mlp_size=384),
+        language=LanguageConfig(
+            hidden_size=512,
+            layers=2,
+            heads=4,
+            kv_heads=2,
+            head_dim=128,
+            mlp_size=1536,
+            vocab_size=512,
+        ),
+        dit=DiTConfig(layers=4, heads=8, head_dim=48, output_dim=256, cross_dim=512),
+        mlp_size=256,
+        max_seq_len=64,
+        action_horizon=ACTION_HORIZON,
+    ),
     "full": ModelConfig(max_state_dim=128, max_action_dim=128, action_horizon=ACTION_HORIZON),
 }
 
@@ -75,7 +92,8 @@ def write_random_checkpoint(
     Args:
         folder: Folder to write; replaced if it exists.
         dataset: Gives cameras, keys and statistics.
-        size: `tiny`, or `full` for the public sizes (6.6 GB).
+        size: `tiny`, `narrow` (few blocks that a GPU takes for real ones), or `full` for the
+            public sizes (6.6 GB).
         seed: Seed of the weights.
         absolute_keys: Action keys that are absolute targets; the others are relative to the state
             of the same name, if there is one.

@@ -16,6 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from groot_int8_ros.errors import EngineError
+
 Tensors = Mapping[str, NDArray[Any]]
 
 
@@ -78,3 +80,32 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release the engine's memory."""
+
+
+def checked_feeds(
+    name: str, inputs: Mapping[str, TensorSpec], feeds: Tensors
+) -> dict[str, NDArray[Any]]:
+    """Return feeds as an engine takes them, floating arrays cast to the input's dtype.
+
+    Args:
+        name: The engine's name, for the message.
+        inputs: Its inputs.
+        feeds: What the caller gave.
+
+    Raises:
+        EngineError: An input is missing, unknown, misshapen or of another kind.
+    """
+    if set(feeds) != set(inputs):
+        raise EngineError(f"{name} takes {sorted(inputs)}, but was given {sorted(feeds)}")
+    checked = {}
+    for key, spec in inputs.items():
+        array = feeds[key]
+        if np.issubdtype(array.dtype, np.floating) and spec.dtype.startswith("float"):
+            array = array.astype(spec.dtype, copy=False)
+        if not spec.accepts(array):
+            raise EngineError(
+                f"{name}: input {key} must be {spec.describe()}, not "
+                f"{array.dtype}{list(array.shape)}"
+            )
+        checked[key] = array
+    return checked

@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.engines.base import Tensors, TensorSpec
+from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -102,7 +101,7 @@ class OnnxRuntimeEngine:
         """Run the graph once; see `Engine.run`."""
         if self._session is None:
             raise RuntimeError(f"{self._path.name} was closed")
-        checked = self._checked(feeds)
+        checked = checked_feeds(self._path.name, self._inputs, feeds)
         try:
             values = self._session.run(list(self._outputs), checked)
         except Exception as error:
@@ -112,24 +111,6 @@ class OnnxRuntimeEngine:
     def close(self) -> None:
         """Release the session."""
         self._session = None
-
-    def _checked(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
-        if set(feeds) != set(self._inputs):
-            raise EngineError(
-                f"{self._path.name} takes {sorted(self._inputs)}, but was given {sorted(feeds)}"
-            )
-        checked = {}
-        for name, spec in self._inputs.items():
-            array = feeds[name]
-            if np.issubdtype(array.dtype, np.floating) and spec.dtype.startswith("float"):
-                array = array.astype(spec.dtype, copy=False)
-            if not spec.accepts(array):
-                raise EngineError(
-                    f"{self._path.name}: input {name} must be {spec.describe()}, not "
-                    f"{array.dtype}{list(array.shape)}"
-                )
-            checked[name] = array
-        return checked
 
 
 def _spec(node: Any) -> TensorSpec:

@@ -1,0 +1,205 @@
+"""`groot-int8 audit`: is every layer that should be INT8 really INT8?
+
+Owns: the subcommand. Must not import torch. Without an engine it reads the bundle's graphs; with
+one, what TensorRT's own inspector said of it when it was built, or says now where a GPU is here.
+Exit code 1 means that a layer that should be INT8 is not known to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from groot_int8_ros.errors import ConfigurationError, EngineError
+from groot_int8_ros.policy.bundle import GRAPH_FOLDER, Bundle, open_bundle
+from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
+from groot_int8_ros.policy.engines.tensorrt_manifest import (
+    ENGINE_FOLDER,
+    ENGINE_SUFFIX,
+    read_engine_manifest,
+    rebuild_command,
+)
+from groot_int8_ros.policy.files import atomic_file, sha256_of_file
+from offline_tools.engine.engines import LAYERS_SUFFIX
+from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
+from offline_tools.engine.verdicts import LayerVerdict, Precision, count
+from offline_tools.quantize.graph_audit import audit_graph
+from offline_tools.quantize.layers import load_graph
+
+_TIMED_RUNS = 20
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    parser.add_argument("--bundle", type=Path, required=True, help="the bundle")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--engine", type=Path, help="audit this engine")
+    what.add_argument(
+        "--engines",
+        type=Path,
+        help=f"audit every engine of this folder (one of {ENGINE_FOLDER}/* in the bundle)",
+    )
+    parser.add_argument(
+        "--time",
+        action="store_true",
+        help="load each engine here, on the GPU it was built for, and time its layers",
+    )
+    parser.add_argument(
+        "--kernels",
+        type=Path,
+        help="kernels that one run of --engine launched, as ncu or nsys lists them in CSV: they "
+        "decide about regions that TensorRT's inspector does not open (see --run-once)",
+    )
+    parser.add_argument(
+        "--run-once",
+        action="store_true",
+        help="load --engine, run it once and end: for the profiler that lists --kernels",
+    )
+    parser.add_argument("--all", action="store_true", help="list every layer, not the wrong ones")
+    parser.add_argument("--json", type=Path, help="write the verdicts to this file too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Audit, print, and return 1 if a layer that should be INT8 is not known to be."""
+    if args.engine is None and (args.kernels is not None or args.run_once):
+        raise ConfigurationError("--kernels and --run-once are for one engine: name it (--engine)")
+    bundle = open_bundle(args.bundle, verify_hashes=False)
+    if args.run_once:
+        # Loading runs an engine once, to warm it up.
+        TensorRTEngine(_graph(bundle, args.engine), use_cuda_graph=False).close()
+        return 0
+    if args.engine is None and args.engines is None:
+        found = {
+            name: audit_graph(bundle.graph_path(name), record.quantization)
+            for name, record in bundle.manifest.graphs.items()
+        }
+        print("what the ONNX graphs say (an engine may still differ: --engines)")
+    else:
+        ran = [] if args.kernels is None else read_kernels(_text(args.kernels))
+        found = {
+            path.stem: _audit_engine(bundle, path, ran, time=args.time) for path in _engines(args)
+        }
+    for name, verdicts in found.items():
+        _print(name, verdicts, list_all=args.all)
+    if args.json is not None:
+        _write(args.json, found)
+    return int(any(verdict.failed for verdicts in found.values() for verdict in verdicts))
+
+
+def _engines(args: argparse.Namespace) -> list[Path]:
+    if args.engine is not None:
+        return [args.engine]
+    paths = sorted(args.engines.glob(f"*{ENGINE_SUFFIX}"))
+    if not paths:
+        raise EngineError(
+            f"{args.engines} holds no engine. Build some: {rebuild_command(args.bundle)}"
+        )
+    return paths
+
+
+def count_products(graph: Path) -> int:
+    """Return how many matrix products a graph has, those of two activations included."""
+    return sum(node.op_type in ("MatMul", "Gemm") for node in load_graph(graph).graph)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+
+
+def _audit_engine(
+    bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool
+) -> list[LayerVerdict]:
+    manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
+    if not path.is_file() or sha256_of_file(path) != manifest.engine_sha256:
+        raise EngineError(
+            f"{path} is not the engine that its manifest speaks of. Build it again: "
+            + rebuild_command(bundle.folder, manifest.build_options)
+        )
+    by_file = {record.file: record for record in bundle.manifest.graphs.values()}
+    record = by_file.get(manifest.graph)
+    if record is None or any(
+        bundle.manifest.files.get(file, ("", 0))[0] != sha256
+        for file, sha256 in manifest.graph_sha256.items()
+    ):
+        raise EngineError(
+            f"{path} was built from another {manifest.graph} than the bundle has now. Build it "
+            f"again: {rebuild_command(bundle.folder, manifest.build_options)}"
+        )
+    layers = _layers(bundle, path, time=time)
+    wanted = {
+        verdict.layer: Precision.INT8 if manifest.quantization == "calibrator" else verdict.wanted
+        for verdict in audit_graph(bundle.folder / record.file, record.quantization)
+    }
+    products = count_products(bundle.folder / record.file)
+    asked = sum(precision is Precision.INT8 for precision in wanted.values())
+    return judge(layers, wanted, ran, products - asked)
+
+
+def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
+    recorded = path.with_name(path.stem + LAYERS_SUFFIX)
+    if not time:
+        if not recorded.is_file():
+            raise EngineError(
+                f"{recorded} is missing: nobody asked TensorRT about this engine when it was "
+                "built. Use --time on the device it was built for."
+            )
+        return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded))
+    engine = TensorRTEngine(_graph(bundle, path), use_cuda_graph=False)
+    try:
+        layers = parse_inspection(engine.inspect(), str(path))
+        times = engine.layer_times_ms(_TIMED_RUNS)
+    finally:
+        engine.close()
+    by_name = {layer.name: layer for layer in layers}
+    print(f"{path.stem}: slowest layers, ms (TensorRT waits after each, so their sum is more)")
+    for name, milliseconds in sorted(times.items(), key=lambda item: -item[1])[:15]:
+        layer = by_name.get(name)
+        kind = layer.kind if layer else ""
+        print(f"  {milliseconds:9.4f}  {kind:16} {name[:60]:60} {layer.kernel if layer else ''}")
+    return layers
+
+
+def _graph(bundle: Bundle, engine: Path) -> Path:
+    return bundle.folder / GRAPH_FOLDER / f"{engine.stem}.onnx"
+
+
+def _print(name: str, verdicts: Sequence[LayerVerdict], *, list_all: bool) -> None:
+    wanted = sum(verdict.wanted is Precision.INT8 for verdict in verdicts)
+    proven = sum(
+        verdict.verdict is Precision.INT8
+        for verdict in verdicts
+        if verdict.wanted is Precision.INT8
+    )
+    counts = ", ".join(f"{number} {p.value}" for p, number in count(verdicts).items())
+    print(
+        f"{name}: {len(verdicts)} layers: {counts}; {proven} of {wanted} that should be are INT8"
+    )
+    for verdict in verdicts:
+        if list_all or verdict.failed:
+            mark = "!" if verdict.failed else " "
+            print(
+                f"  {mark} {verdict.layer:60} wanted {verdict.wanted.value:7} "
+                f"{verdict.verdict.value:7} {verdict.evidence}"
+            )
+
+
+def _write(path: Path, found: dict[str, list[LayerVerdict]]) -> None:
+    content = {
+        name: [
+            {
+                "layer": verdict.layer,
+                "wanted": verdict.wanted.value,
+                "verdict": verdict.verdict.value,
+                "evidence": verdict.evidence,
+            }
+            for verdict in verdicts
+        ]
+        for name, verdicts in found.items()
+    }
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

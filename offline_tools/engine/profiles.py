@@ -1,0 +1,116 @@
+"""The shapes that an engine is built for.
+
+Owns: lengths of the varying axes and the optimisation profiles made from them. Must not import
+torch or TensorRT. Axes are named in the bundle's manifest: `batch` is always 1, `images` is the
+number of cameras, `sequence` is the prompt's length and the one axis that moves at run time, with
+the instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.engines.base import TensorSpec
+
+Shape = tuple[int, ...]
+Profile = tuple[Shape, Shape, Shape]
+
+# Prefix, delimiters and suffix of the prompt with an instruction of usual length, in tokens beside
+# those of the images; and with a long one.
+_USUAL_TEXT_TOKENS = 48
+_LONG_TEXT_TOKENS = 128
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Smallest, best and largest length of each named axis."""
+
+    axes: Mapping[str, tuple[int, int, int]]
+
+    def profile(self, name: str, spec: TensorSpec) -> Profile:
+        """Return a tensor's smallest, best and largest shape.
+
+        Raises:
+            ConfigurationError: It varies along an axis whose length is not known.
+        """
+        unknown = [a for a in spec.shape if isinstance(a, str) and a not in self.axes]
+        if unknown:
+            raise ConfigurationError(
+                f"the tensor {name} varies along {unknown[0]!r}, whose length is not known; known "
+                f"are {', '.join(self.axes)}. Export the bundle again."
+            )
+        smallest, best, largest = (
+            tuple(axis if isinstance(axis, int) else self.axes[axis][which] for axis in spec.shape)
+            for which in range(3)
+        )
+        return smallest, best, largest
+
+    def profiles(self, specs: Mapping[str, TensorSpec]) -> dict[str, Profile]:
+        """Return the profile of each tensor that varies."""
+        return {name: self.profile(name, spec) for name, spec in specs.items() if spec.varies}
+
+
+def lengths_of(
+    bundle: Bundle,
+    *,
+    max_seq_len: int | None = None,
+    opt_seq_len: int | None = None,
+    opt_sa_seq: int | None = None,
+    exact: bool = False,
+) -> Lengths:
+    """Choose the lengths for a bundle.
+
+    Args:
+        bundle: Gives cameras and the trained horizon.
+        max_seq_len: Longest prompt in tokens, images included; room for a long instruction beside
+            the images if None.
+        opt_seq_len: Length that kernels are chosen for; that of a usual instruction if None.
+        opt_sa_seq: Tokens of state and actions in the DiT; 1 + the trained horizon if None. The
+            bundle's graphs fix it, so another value is refused.
+        exact: Build for `max_seq_len` alone.
+
+    Raises:
+        ConfigurationError: The lengths contradict each other or the bundle.
+    """
+    tokens_of_actions = 1 + bundle.manifest.action_horizon
+    if opt_sa_seq not in (None, tokens_of_actions):
+        raise ConfigurationError(
+            f"--opt-sa-seq {opt_sa_seq}: the bundle's graphs run {tokens_of_actions} tokens "
+            f"(1 state + {bundle.manifest.action_horizon} actions). Leave the option out, or "
+            "export a checkpoint with another horizon."
+        )
+    images = 0
+    if max_seq_len is None:
+        if exact:
+            raise ConfigurationError("--exact needs --max-seq-len: the prompt's length in tokens")
+        images = _image_tokens(bundle)
+        max_seq_len = images + _LONG_TEXT_TOKENS
+    best = max_seq_len if exact else opt_seq_len
+    if best is None:
+        best = min(max_seq_len, images + _USUAL_TEXT_TOKENS) if images else max_seq_len
+    if not 1 <= best <= max_seq_len:
+        raise ConfigurationError(
+            f"--opt-seq-len {best} must be from 1 to --max-seq-len {max_seq_len}"
+        )
+    cameras = len(bundle.manifest.robot.cameras)
+    return Lengths(
+        {
+            "batch": (1, 1, 1),
+            "images": (cameras, cameras, cameras),
+            "sequence": (max_seq_len if exact else 1, best, max_seq_len),
+        }
+    )
+
+
+def _image_tokens(bundle: Bundle) -> int:
+    # Here, because it brings OpenCV: a machine that only builds can say --max-seq-len instead.
+    from groot_int8_ros.policy.preprocess import image_sizes
+
+    chain = bundle.processor.image_chain
+    return sum(
+        image_sizes(camera.height, camera.width, chain).tokens
+        for camera in bundle.manifest.robot.cameras
+    )

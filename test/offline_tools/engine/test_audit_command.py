@@ -1,0 +1,167 @@
+"""Hazards of the audit command: a bundle that claims to be INT8, engines that are not its own.
+
+What it concludes from an engine's inspection is shown in `test_inspector`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.engines.cuda import Device
+from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest
+from offline_tools.cli import main
+from offline_tools.quantize.graph_audit import audit_graph
+
+_RECORDED = Path(__file__).parent / "recorded"
+
+
+@pytest.fixture
+def int8_bundle(
+    bundle_copy: Path, int8_graph: Callable[[str, Path], Path], reseal: Callable[[Path], None]
+) -> Path:
+    """A bundle whose DiT is INT8 in every layer, and says so."""
+    graph = int8_graph("dit", bundle_copy / "onnx")
+    path = bundle_copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["dit"]["precision"] = "int8"
+    content["graphs"]["dit"]["quantization"] = {
+        "scheme": "row",
+        "source_sha256": "a" * 64,
+        "calibration_sha256": None,
+        "calibration_samples": 0,
+        "seed": 0,
+        "options": {},
+        "errors": {},
+        "layers": {verdict.layer: {"activation": "row"} for verdict in audit_graph(graph, None)},
+    }
+    path.write_text(json.dumps(content))
+    reseal(bundle_copy)
+    return bundle_copy
+
+
+def _make_one_layer_float(graph: Path) -> str:
+    """Multiply one layer's codes as they are, as a tool that drops a Q/DQ pair would."""
+    model = ir.load(graph)
+    for node in model.graph:
+        source = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
+        if node.op_type == "MatMul" and source and source.op_type == "DequantizeLinear":
+            quantise = source.inputs[0].producer() if source.inputs[0] else None
+            assert quantise is not None
+            node.replace_input_with(0, quantise.inputs[0])
+            ir.save(model, graph, external_data=f"{graph.name}.data")
+            return str(node.name).removesuffix("/MatMul")
+    raise AssertionError("no INT8 layer")
+
+
+def test_graph_that_keeps_its_promise_passes(
+    int8_bundle: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = tmp_path / "audit.json"
+    assert main(["audit", "--bundle", str(int8_bundle), "--json", str(report)]) == 0
+    out = capsys.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("dit:")]
+    layers = len(open_bundle(int8_bundle).manifest.graphs["dit"].quantization.layers)  # type: ignore[union-attr]
+    assert f"{layers} of {layers} that should be are INT8" in line
+    assert {entry["verdict"] for entry in json.loads(report.read_text())["dit"]} == {"INT8"}
+
+
+def test_layer_that_lost_its_qdq_fails_by_name(
+    int8_bundle: Path, reseal: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer = _make_one_layer_float(int8_bundle / "onnx" / "dit_model.onnx")
+    reseal(int8_bundle)
+    assert main(["audit", "--bundle", str(int8_bundle)]) == 1
+    failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  !")]
+    assert len(failed) == 1
+    assert layer in failed[0]
+    assert "FLOAT" in failed[0]
+
+
+@pytest.fixture
+def recorded_engine(int8_bundle: Path) -> Path:
+    """An engine of that DiT whose recorded inspection names none of its layers but one."""
+    folder = int8_bundle / "engines" / "8.6.1-test-sm90"
+    folder.mkdir(parents=True)
+    engine = folder / "dit_model.engine"
+    engine.write_bytes(b"plan")
+    bundle = open_bundle(int8_bundle, verify_hashes=False)
+    manifest = EngineManifest(
+        graph="onnx/dit_model.onnx",
+        graph_sha256={
+            name: sha256
+            for name, (sha256, _) in bundle.manifest.files.items()
+            if name.startswith("onnx/dit_model.onnx")
+        },
+        engine_sha256=hashlib.sha256(b"plan").hexdigest(),
+        engine_bytes=4,
+        device_memory_bytes=0,
+        precision="int8",
+        quantization="qdq",
+        layer_precision={},
+        calibration={},
+        library="tensorrt",
+        library_version="8.6.1",
+        device=Device("Test", "9.0", 1, 1, integrated=False),
+        inputs={},
+        outputs={},
+        build_options=("--graph", "dit"),
+        build_flags=(),
+        seconds=0.0,
+        peak_memory_bytes=0,
+    )
+    engine.with_suffix(".json").write_text(manifest.to_json())
+    inspection = json.loads((_RECORDED / "qdq_dit.json").read_text())["inspection"]
+    (folder / "dit_model.layers.json").write_text(json.dumps(inspection))
+    return engine
+
+
+def test_engine_that_does_not_say_it_is_int8_fails(
+    int8_bundle: Path, recorded_engine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["audit", "--bundle", str(int8_bundle), "--engines", str(recorded_engine.parent)]
+    assert main(words) == 1
+    assert "which the inspector does not open" in capsys.readouterr().out
+
+
+def test_kernels_of_a_run_decide(int8_bundle: Path, recorded_engine: Path, tmp_path: Path) -> None:
+    kernels = tmp_path / "kernels.txt"
+    words = ["audit", "--bundle", str(int8_bundle), "--engine", str(recorded_engine)]
+    kernels.write_text("sm80_xmma_gemm_i8f32_i8i32_f32_tn_n\n" * 9)
+    assert main([*words, "--kernels", str(kernels)]) == 0
+    kernels.write_text("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n\n" * 9)
+    assert main([*words, "--kernels", str(kernels)]) == 1
+
+
+@pytest.mark.parametrize("damage", ["engine", "graph", "layers", "empty"])
+def test_engine_that_is_not_the_bundles_own_is_refused(
+    int8_bundle: Path,
+    recorded_engine: Path,
+    reseal: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    if damage == "engine":
+        recorded_engine.write_bytes(b"plam")
+    elif damage == "graph":
+        _make_one_layer_float(int8_bundle / "onnx" / "dit_model.onnx")
+        reseal(int8_bundle)
+    elif damage == "layers":
+        recorded_engine.with_name("dit_model.layers.json").unlink()
+    else:
+        recorded_engine.unlink()
+    words = ["audit", "--bundle", str(int8_bundle), "--engines", str(recorded_engine.parent)]
+    assert main(words) == 2
+    message = {
+        "engine": "is not the engine that its manifest speaks of",
+        "graph": "was built from another onnx/dit_model.onnx",
+        "layers": "nobody asked TensorRT about this engine",
+        "empty": "holds no engine",
+    }[damage]
+    assert message in capsys.readouterr().err

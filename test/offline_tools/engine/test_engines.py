@@ -1,0 +1,238 @@
+"""Hazards of a bundle's build: options that contradict, a build that fails halfway.
+
+TensorRT-RTX stands in for the builder, since it builds without a GPU: what runs here is the code
+of `groot-int8 build`, parser, profiles, strong typing and progress monitor included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineError
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.engines.cuda import Device
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.engines.tensorrt_manifest import (
+    check_engine_fits,
+    engine_folder,
+    read_engine_manifest,
+)
+from offline_tools.cli import main
+from offline_tools.engine import build_command
+from offline_tools.engine.builder import BuilderSettings, Calibration, GraphBuild, build_plan
+from offline_tools.engine.engines import BuildOptions, build_engines
+from offline_tools.engine.library import RTX, open_library
+from offline_tools.engine.profiles import lengths_of
+from offline_tools.engine.weight_form import has_stored_int8_weights, write_with_float_weights
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec(RTX) is None,
+    reason="TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13 (Linux x86-64)",
+)
+
+_DEVICE = Device("NVIDIA Test Board", "8.6", 8, 16 << 30, integrated=False)
+
+
+def _build(bundle: Path, **options: object) -> dict[str, object]:
+    lines: list[str] = []
+    built = build_engines(
+        replace(BuildOptions(bundle), **options),  # type: ignore[arg-type]
+        lines.append,
+        library_name=RTX,
+        device=_DEVICE,
+    )
+    assert len(lines) == 1 + 2 * len(built)
+    return dict(built)
+
+
+def _folder(bundle: Path) -> Path:
+    return engine_folder(bundle, open_library(RTX).version, _DEVICE)
+
+
+def test_engine_and_manifest_fit_each_other_and_the_bundle(bundle_copy: Path) -> None:
+    built = _build(bundle_copy, graphs=("dit", "action_decoder"), words=("--max-seq-len", "90"))
+    folder = _folder(bundle_copy)
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "action_decoder.engine",
+        "action_decoder.json",
+        "dit_model.engine",
+        "dit_model.json",
+    ]
+    manifest = read_engine_manifest(folder / "dit_model.json", bundle_copy)
+    assert manifest == built["dit"]
+    bundle = open_bundle(bundle_copy)
+    assert {n: t.spec for n, t in manifest.inputs.items()} == bundle.manifest.graphs["dit"].inputs
+    assert set(manifest.graph_sha256) == {"onnx/dit_model.onnx", "onnx/dit_model.onnx.data"}
+    assert manifest.build_options == ("--graph", "dit", "--max-seq-len", "90")
+    smallest, best, largest = manifest.inputs["vl_embs"].profile or ((), (), ())
+    assert smallest[0] == largest[0] == 1
+    assert smallest[1] == 1 < best[1] < largest[1]
+    hashes = {name: sha256 for name, (sha256, _) in bundle.manifest.files.items()}
+    check_engine_fits(
+        manifest,
+        folder / "dit_model.engine",
+        bundle_copy,
+        library_version=manifest.library_version,
+        device=_DEVICE,
+        recorded_sha256=hashes,
+    )
+
+
+def test_failed_build_leaves_the_engine_that_was_there(bundle_copy: Path) -> None:
+    _build(bundle_copy, graphs=("action_decoder",))
+    folder = _folder(bundle_copy)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    graph = bundle_copy / "onnx" / "action_decoder.onnx"
+    graph.write_bytes(graph.read_bytes()[:-20])
+    # The bundle itself is opened first and refuses a changed graph; resealed, the parser does.
+    manifest = bundle_copy / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["onnx/action_decoder.onnx"] = {
+        "sha256": hashlib.sha256(graph.read_bytes()).hexdigest(),
+        "bytes": graph.stat().st_size,
+    }
+    manifest.write_text(json.dumps(content))
+    with pytest.raises(EngineError, match="cannot parse"):
+        _build(bundle_copy, graphs=("action_decoder",))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
+    built = _build(bundle_copy, graphs=("conditioner",), max_seq_len=70, exact=True)
+    record = built["conditioner"].inputs["hidden_states"].profile  # type: ignore[attr-defined]
+    assert record == ((1, 70, 64),) * 3
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"graphs": ("nothing",)}, ConfigurationError, "no graph 'nothing'; it has backbone"),
+        ({"exact": True}, ConfigurationError, "--exact needs --max-seq-len"),
+        ({"opt_sa_seq": 5}, ConfigurationError, r"--opt-sa-seq 5: .* run 17 tokens \(1 state"),
+        (
+            {"max_seq_len": 40, "opt_seq_len": 50},
+            ConfigurationError,
+            "--opt-seq-len 50 must be from 1 to --max-seq-len 40",
+        ),
+        ({"quantization": "qdq"}, EngineError, "has no Q/DQ: quantise the bundle first"),
+        (
+            {"quantization": "calibrator", "precision": "fp16"},
+            ConfigurationError,
+            "calibrator builds INT8 engines, not fp16",
+        ),
+        (
+            {"quantization": "calibrator", "graphs": ("conditioner",)},
+            ConfigurationError,
+            "applies to backbone and dit",
+        ),
+        ({"quantization": "calibrator"}, CalibrationError, "so --captures is needed"),
+        ({"precision": "bf16"}, EngineError, "export the bundle with --precision bf16"),
+        ({"precision": "int8"}, EngineError, "is a float graph: quantise the bundle first"),
+    ],
+)
+def test_options_that_cannot_be_are_refused_and_nothing_is_written(
+    bundle_copy: Path, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        _build(bundle_copy, **options)
+    assert not list((bundle_copy / "engines").glob("*/*.engine"))
+
+
+def test_library_without_calibrators_is_said_to_be_too_new(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle, verify_hashes=False)
+    record = bundle.manifest.graphs["dit"]
+    build = GraphBuild(
+        graph=bundle.graph_path("dit"),
+        graph_precision="fp32",
+        precision="int8",
+        inputs=record.inputs,
+        profiles=lengths_of(bundle).profiles(record.inputs),
+        calibration=Calibration(None, b"cache"),
+    )
+    with pytest.raises(EngineError, match=r"no INT8 calibrators.*--quantization qdq"):
+        build_plan(build, BuilderSettings(), open_library(RTX))
+
+
+def test_progress_is_reported_while_it_builds(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = open_bundle(tiny_bundle, verify_hashes=False)
+    record = bundle.manifest.graphs["action_encoder"]
+    build = GraphBuild(
+        bundle.graph_path("action_encoder"),
+        "fp32",
+        "fp32",
+        record.inputs,
+        lengths_of(bundle).profiles(record.inputs),
+    )
+    built = build_plan(build, BuilderSettings(level=1), open_library(RTX), show_progress=True)
+    assert "action_encoder" in capsys.readouterr().err
+    assert "level 1" in built.flags
+    assert "strongly typed" in built.flags
+
+
+def test_rebuild_options_are_those_that_say_what_and_not_where() -> None:
+    parser = argparse.ArgumentParser()
+    build_command.configure(parser)
+    args = parser.parse_args(
+        ["--bundle", "b", "--graph", "dit", "--low-memory", "--max-seq-len", "300", "--exact"]
+    )
+    options = build_command.options_of(args)
+    assert options.words == ("--max-seq-len", "300", "--exact", "--low-memory")
+    assert options.settings.workspace_mb == 256
+    again = build_command.options_of(parser.parse_args(["--bundle", "b", *options.words]))
+    assert (again.settings, again.exact, again.max_seq_len) == (options.settings, True, 300)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here"
+)
+def test_missing_tensorrt_is_named_with_the_way_to_get_it(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--bundle", str(tiny_bundle)]) == 2
+    assert "tensorrt is not installed: it comes with JetPack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["backbone", "dit"])
+def test_quantised_graph_builds_in_both_forms_of_its_weights(
+    int8_graph: Callable[[str, Path], Path], tmp_path: Path, tiny_bundle: Path, name: str
+) -> None:
+    graph = int8_graph(name, tmp_path)
+    bundle = open_bundle(tiny_bundle, verify_hashes=False)
+    record = bundle.manifest.graphs[name]
+    profiles = lengths_of(bundle).profiles(record.inputs)
+    for form, rewritten in (("int8", False), ("float-pair", True)):
+        build = GraphBuild(graph, "int8", "int8", record.inputs, profiles)
+        built = build_plan(build, BuilderSettings(weight_form=form), open_library(RTX))
+        assert any("INT8 weights as float" in text for text in built.flags) == rewritten
+        assert memoryview(built.plan).nbytes > 0
+
+
+def test_weights_as_float_compute_the_same_bit_for_bit(
+    int8_graph: Callable[[str, Path], Path], tmp_path: Path
+) -> None:
+    graph = int8_graph("dit", tmp_path)
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    assert has_stored_int8_weights(graph)
+    assert write_with_float_weights(graph, folder / graph.name) > 10
+    assert not has_stored_int8_weights(folder / graph.name)
+    engines = [OnnxRuntimeEngine(path, threads=1) for path in (graph, folder / graph.name)]
+    random, feed = np.random.RandomState(0), {}
+    for name, spec in engines[0].inputs.items():
+        shape = [axis if isinstance(axis, int) else 9 for axis in (1, *spec.shape[1:])]
+        values = random.standard_normal(shape)
+        feed[name] = (values if spec.dtype == "float32" else np.ones(shape)).astype(spec.dtype)
+    first, second = (engine.run(feed)["output"] for engine in engines)
+    assert np.abs(first).max() > 0
+    np.testing.assert_array_equal(first, second)

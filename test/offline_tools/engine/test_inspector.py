@@ -1,0 +1,160 @@
+"""Hazards of an audit: passing what is not INT8, and failing what is.
+
+`recorded/` holds what TensorRT 8.6.1 said on an H200 about engines of one generated checkpoint
+(`groot-int8 gpu-proof`), and the kernels that Nsight Compute saw in one run of each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groot_int8_ros.errors import EngineError
+from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
+from offline_tools.engine.verdicts import LayerVerdict, Precision, count
+
+_RECORDED = Path(__file__).parent / "recorded"
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((_RECORDED / f"{name}.json").read_text())
+    return content
+
+
+def _judge(name: str, asked: Precision, *, with_kernels: bool) -> list[LayerVerdict]:
+    content = _recorded(name)
+    inspection = content["inspection"]
+    text = inspection if isinstance(inspection, str) else json.dumps(inspection)
+    wanted = dict.fromkeys(content["layers"], asked)
+    assert wanted
+    return judge(
+        parse_inspection(text, name),
+        wanted,
+        content["kernels"] if with_kernels else (),
+        content["products"] - len(wanted) * (asked is Precision.INT8),
+    )
+
+
+def test_regions_that_are_not_opened_are_unknown_and_never_a_pass() -> None:
+    verdicts = _judge("qdq_dit", Precision.INT8, with_kernels=False)
+    assert {verdict.verdict for verdict in verdicts} == {Precision.UNKNOWN}
+    assert all(verdict.failed for verdict in verdicts)
+    assert "ForeignNode" in verdicts[0].evidence
+
+
+def test_kernels_that_ran_prove_an_engine_with_qdq() -> None:
+    verdicts = _judge("qdq_dit", Precision.INT8, with_kernels=True)
+    assert count(verdicts) == {Precision.INT8: 32, Precision.FLOAT: 0, Precision.UNKNOWN: 0}
+    assert "21 int8 and 8 floating products ran" in verdicts[0].evidence
+
+
+def test_calibrated_engine_without_int8_kernels_fails_in_every_layer() -> None:
+    verdicts = _judge("calibrator_dit", Precision.INT8, with_kernels=True)
+    assert count(verdicts)[Precision.FLOAT] == len(verdicts) == 32
+    assert all(verdict.failed for verdict in verdicts)
+
+
+def test_fp16_engine_is_float_and_passes_where_nothing_else_was_asked_for() -> None:
+    verdicts = _judge("fp16_dit", Precision.FLOAT, with_kernels=True)
+    assert count(verdicts)[Precision.FLOAT] == len(verdicts)
+    assert not any(verdict.failed for verdict in verdicts)
+
+
+def test_one_floating_kernel_too_many_leaves_every_layer_unproven() -> None:
+    content = _recorded("qdq_dit")
+    extra = next(kernel for kernel in content["kernels"] if "f32f32" in kernel)
+    verdicts = judge(
+        parse_inspection(json.dumps(content["inspection"]), "qdq_dit"),
+        dict.fromkeys(content["layers"], Precision.INT8),
+        [*content["kernels"], extra],
+        content["products"] - len(content["layers"]),
+    )
+    assert count(verdicts)[Precision.UNKNOWN] == len(verdicts)
+
+
+def test_layers_outside_of_regions_are_judged_by_their_own_kernel() -> None:
+    verdicts = _judge("fp32_action_encoder", Precision.FLOAT, with_kernels=False)
+    assert {verdict.verdict for verdict in verdicts} == {Precision.FLOAT}
+    assert "f32f32" in verdicts[0].evidence
+
+
+def _layer(**changes: Any) -> EngineLayer:
+    fields: dict[str, Any] = {
+        "name": "block.0.fc1/MatMul",
+        "kind": "CaskGemmConvolution",
+        "input_formats": ("Row major linear FP16 format",),
+        "output_formats": ("Row major linear FP16 format",),
+        "kernel": "",
+        "nodes": ("block.0.fc1/MatMul",),
+    }
+    return EngineLayer(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, Precision.FLOAT),
+        ({"input_formats": ("Int8 NC/32HW32",)}, Precision.INT8),
+        # That the next layer starts from int8 says nothing about this one.
+        ({"output_formats": ("Int8 NC/32HW32",)}, Precision.FLOAT),
+        # A kernel that converts its int8 input and multiplies in FP16.
+        (
+            {"input_formats": ("Int8 NC/32HW32",), "kernel": "sm80_xmma_gemm_f16f16_f16f16_f16"},
+            Precision.FLOAT,
+        ),
+        ({"kernel": "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n_tilesize32x64x64"}, Precision.INT8),
+        ({"kernel": "ampere_h16816gemm_128x64_ldg8_stages_32x6_tn_v1"}, Precision.FLOAT),
+        ({"kernel": "ampere_i16832gemm_int8_128x128_ldg16_relu_stages_64x3_tn"}, Precision.INT8),
+        ({"input_formats": ("N/A due to dynamic shapes",)}, Precision.UNKNOWN),
+        ({"kind": "PointWiseV2", "input_formats": ("Int8 NC/32HW32",)}, Precision.UNKNOWN),
+        ({"kind": "Myelin", "name": "{ForeignNode[a...b]}"}, Precision.UNKNOWN),
+    ],
+)
+def test_precision_comes_from_operands_and_kernel(
+    changes: dict[str, Any], expected: Precision
+) -> None:
+    assert _layer(**changes).precision is expected
+
+
+def test_conversion_in_front_of_a_product_decides_nothing() -> None:
+    reformat = _layer(kind="Reformat", input_formats=("Int8 NC/32HW32",))
+    product = _layer(input_formats=("Int8 NC/32HW32",))
+    (verdict,) = judge([reformat, product], {"block.0.fc1": Precision.INT8})
+    assert verdict.verdict is Precision.INT8
+    (alone,) = judge([reformat], {"block.0.fc1": Precision.INT8})
+    assert alone.verdict is Precision.UNKNOWN
+
+
+def test_layer_that_the_engine_does_not_name_is_unknown() -> None:
+    (verdict,) = judge([_layer()], {"another": Precision.INT8})
+    assert verdict.failed
+    assert "no layer of the engine names it" in verdict.evidence
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no inspection"),
+        ('{"Bindings": []}', "is no inspection"),
+        ('{"Layers": ["fc1", "fc2"]}', "without detailed profiling verbosity"),
+    ],
+)
+def test_text_that_is_no_inspection_is_refused(text: str, message: str) -> None:
+    with pytest.raises(EngineError, match=f"the file {message}|the file names.*{message}"):
+        parse_inspection(text, "the file")
+
+
+def test_broken_json_of_8_6_is_read() -> None:
+    text = '{"Layers": [{"Name": "a\tb", "LayerType": "NoOp",\n},\n], "Bindings": []}'
+    assert [layer.kind for layer in parse_inspection(text, "x")] == ["NoOp"]
+
+
+def test_kernels_are_read_from_ncu_nsys_and_plain_lists() -> None:
+    ncu = '==PROF== Connected\n"ID","Kernel Name","x"\n"0","k<int, 4>","1"\n"1","gemm","2"\n'
+    nsys = "Start (ns),Name\n1,first\n2,second\n"
+    assert read_kernels(ncu) == ["k<int, 4>", "gemm"]
+    assert read_kernels(nsys) == ["first", "second"]
+    assert read_kernels("one\n\ntwo\n") == ["one", "two"]
