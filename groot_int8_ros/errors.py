@@ -52,3 +52,7 @@ class BagError(GrootError):
 
 class OutputError(GrootError):
     """A result could not be written; nothing half-written was left behind."""
+
+
+class CaptureError(GrootError):
+    """A captured sample or a capture store is damaged, incomplete or of another checkpoint."""

@@ -126,6 +126,13 @@ def atomic_directory(target: Path) -> Iterator[Path]:
             shutil.rmtree(working, ignore_errors=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files that a killed `atomic_file` left in a folder of one writer."""
+    for path in folder.glob(f"{_TEMPORARY_PREFIX}*"):
+        if path.is_file():
+            path.unlink(missing_ok=True)
+
+
 def _current_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -7,7 +7,7 @@ calibration and the evaluation all run this code.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, Manifest, open_bundle
-from groot_int8_ros.policy.engines import Engine, load_engine
+from groot_int8_ros.policy.engines import Engine, Tensors, load_engine
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.preprocess import ModelInputs, Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor
@@ -25,6 +25,9 @@ from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import ActionChunk, Float32Array, Observation
 
 DEFAULT_SEED = 0
+
+# Called with a graph's name and its inputs before each run.
+GraphObserver = Callable[[str, Tensors], None]
 
 
 def draw_noise(seed: int, stamp_ns: int, shape: tuple[int, ...]) -> Float32Array:
@@ -63,6 +66,7 @@ class Policy:
         """Wire a verified bundle to its engines; users call `Policy.load`."""
         self._bundle = bundle
         self._engines = engines
+        self._observer: GraphObserver | None = None
         self._preprocess = Preprocessor(
             bundle.processor,
             PromptTokenizer.from_file(bundle.tokenizer_path),
@@ -131,6 +135,22 @@ class Policy:
         """Raise `ObservationError` if an instruction cannot be used."""
         self._preprocess.check_instruction(instruction)
 
+    @contextmanager
+    def observed(self, observer: GraphObserver) -> Iterator[None]:
+        """Show an observer every graph's inputs while the block runs.
+
+        Args:
+            observer: Called before each run of a graph with its name (see `GRAPH_FILES`) and its
+                inputs, in the order of the runs. It must not change the arrays.
+        """
+        if self._observer is not None:
+            raise RuntimeError("the policy is observed already")
+        self._observer = observer
+        try:
+            yield
+        finally:
+            self._observer = None
+
     def infer(
         self,
         observation: Observation,
@@ -183,12 +203,13 @@ class Policy:
         Returns:
             `hidden_states` (1, S, D) floating, `attn_mask` and `image_mask` bool (1, S).
         """
-        return self._engines["backbone"].run(
+        return self._run(
+            "backbone",
             {
                 "input_ids": inputs.input_ids,
                 "attention_mask": inputs.attention_mask,
                 "pixel_values": inputs.pixel_values,
-            }
+            },
         )
 
     def denoise(
@@ -204,30 +225,32 @@ class Policy:
         Returns:
             Normalised actions, float32, of `noise_shape`.
         """
-        condition = self._engines["conditioner"].run(
-            {"hidden_states": features["hidden_states"], "state": state}
+        condition = self._run(
+            "conditioner", {"hidden_states": features["hidden_states"], "state": state}
         )
         steps = self.manifest.denoising_steps
         actions: Float32Array = noise[None]
         for step in range(steps):
             timestep = np.array([int(step / steps * self.manifest.timestep_buckets)], np.int64)
-            encoded = self._engines["action_encoder"].run(
+            encoded = self._run(
+                "action_encoder",
                 {
                     "state_features": condition["state_features"],
                     "actions": actions,
                     "timestep": timestep,
-                }
+                },
             )
-            output = self._engines["dit"].run(
+            output = self._run(
+                "dit",
                 {
                     "sa_embs": encoded["sa_embs"],
                     "vl_embs": condition["vl_embs"],
                     "timestep": timestep,
                     "image_mask": features["image_mask"],
                     "backbone_attention_mask": features["attn_mask"],
-                }
+                },
             )
-            decoded = self._engines["action_decoder"].run({"dit_output": output["output"]})
+            decoded = self._run("action_decoder", {"dit_output": output["output"]})
             velocity: Float32Array = decoded["velocity"]
             actions = actions + velocity / np.float32(steps)
         action_pred: Float32Array = actions[0]
@@ -237,6 +260,11 @@ class Policy:
         """Free the engines; the policy cannot be used afterwards."""
         for engine in self._engines.values():
             engine.close()
+
+    def _run(self, name: str, feeds: Tensors) -> dict[str, NDArray[Any]]:
+        if self._observer is not None:
+            self._observer(name, feeds)
+        return self._engines[name].run(feeds)
 
     def _noise(
         self, observation: Observation, noise: Float32Array | None, seed: int | None

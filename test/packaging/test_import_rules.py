@@ -74,15 +74,21 @@ def test_robot_side_imports_neither_torch_nor_the_workstation_side(repository_ro
     assert _violations(repository_root, "groot_int8_ros", _WORKSTATION) == []
 
 
-def test_policy_imports_no_ros(repository_root: Path) -> None:
-    assert _violations(repository_root, "groot_int8_ros/policy", _ROS_PACKAGE) == []
+@pytest.mark.parametrize("folder", ["policy", "capture"])
+def test_policy_and_capture_import_no_ros(repository_root: Path, folder: str) -> None:
+    assert _violations(repository_root, f"groot_int8_ros/{folder}", _ROS_PACKAGE) == []
 
 
-def test_policy_imports_nothing_of_the_ros_layer(repository_root: Path) -> None:
-    allowed = re.compile(r"^groot_int8_ros\.(policy|errors|__version__)\b")
+@pytest.mark.parametrize(
+    ("folder", "packages"), [("policy", "policy"), ("capture", "capture|policy")]
+)
+def test_policy_and_capture_import_nothing_of_the_ros_layer(
+    repository_root: Path, folder: str, packages: str
+) -> None:
+    allowed = re.compile(rf"^groot_int8_ros\.({packages}|errors|__version__)\b")
     assert [
         f"{path.name}:{line} imports {name}"
-        for path in sorted((repository_root / "groot_int8_ros" / "policy").rglob("*.py"))
+        for path in sorted((repository_root / "groot_int8_ros" / folder).rglob("*.py"))
         for line, name in _imports(path, repository_root)
         if name.startswith("groot_int8_ros.") and not allowed.match(name)
     ] == []

@@ -304,3 +304,34 @@ def test_recorded_observations_give_the_recorded_actions(
         for key, actions in chunk.actions.items():
             assert _relative_error(decoded[key], actions) < RELATIVE_TOLERANCE, key
     policy.close()
+
+
+def test_observer_sees_every_graphs_inputs_in_order_and_changes_nothing(policy: Policy) -> None:
+    seen: list[tuple[str, dict[str, NDArray[Any]]]] = []
+    plain = policy.infer(_observation(policy), seed=3)
+    with policy.observed(lambda name, feeds: seen.append((name, dict(feeds)))):
+        chunk = policy.infer(_observation(policy), seed=3)
+    np.testing.assert_array_equal(chunk.action_pred, plain.action_pred)
+    step = ["action_encoder", "dit", "action_decoder"]
+    assert [name for name, _ in seen] == ["backbone", "conditioner", *step, *step]
+    # What was seen is what the graphs were run on: the same inputs give the same answer.
+    inputs = [feeds for name, feeds in seen if name == "dit"]
+    assert [feeds["timestep"].tolist() for feeds in inputs] == [[0], [500]]
+    np.testing.assert_array_equal(inputs[0]["vl_embs"], inputs[1]["vl_embs"])
+    again = policy._engines["dit"].run(inputs[1])
+    np.testing.assert_array_equal(again["output"], seen[-1][1]["dit_output"])
+
+
+def test_observer_is_gone_after_its_block_also_when_it_fails(policy: Policy) -> None:
+    def fail(name: str, feeds: object) -> None:
+        raise ZeroDivisionError(name)
+
+    with pytest.raises(ZeroDivisionError, match="backbone"), policy.observed(fail):
+        policy.infer(_observation(policy))
+    policy.infer(_observation(policy))
+    with (
+        policy.observed(fail),
+        pytest.raises(RuntimeError, match="observed already"),
+        policy.observed(fail),
+    ):
+        pass
