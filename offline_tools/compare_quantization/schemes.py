@@ -1,0 +1,139 @@
+"""The quantisation schemes that are compared, under one signature.
+
+Owns: names, order and how each scheme's graphs are written from the same float graphs, the same
+layers and the same calibration samples. Must not judge them.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+
+from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.quantization import LayerScheme
+from offline_tools.compare_quantization import baselines
+from offline_tools.compare_quantization.samples import QUANTIZED_GRAPHS, Answers, Feeds
+from offline_tools.quantize.layers import Layer, find_layers, load_graph
+from offline_tools.quantize.qdq import quantize_graph
+from offline_tools.quantize.statistics import GraphStatistics, collect
+
+# Their input is the time embedding alone: a deployed graph holds their outputs as constants, so
+# they are float in every scheme. ModelOpt leaves them out by itself.
+_CONSTANT_LAYERS = ("timestep_encoder.*", "*.norm1.linear", "proj_out_1")
+
+
+@dataclass(frozen=True)
+class FloatGraph:
+    """One float graph and what schemes need to quantise it.
+
+    Attributes:
+        path: The `.onnx` file.
+        feeds: The calibration samples.
+        seed: Of what a scheme draws.
+    """
+
+    path: Path
+    feeds: Feeds
+    seed: int
+
+    @cached_property
+    def layers(self) -> tuple[Layer, ...]:
+        """The layers that every scheme quantises, in the order in which they run."""
+        return tuple(
+            layer
+            for layer in find_layers(load_graph(self.path))
+            if not any(fnmatch.fnmatchcase(layer.name, pattern) for pattern in _CONSTANT_LAYERS)
+        )
+
+    @cached_property
+    def statistics(self) -> GraphStatistics:
+        """What the calibration samples look like at each layer's input."""
+        return collect(self.path, lambda: iter(self.feeds), self.layers, seed=self.seed)
+
+    @cached_property
+    def outputs(self) -> Mapping[str, str]:
+        """Layer to the name of its output tensor."""
+        nodes = {node.name: node for node in load_graph(self.path).graph}
+        return {layer.name: str(nodes[layer.node].outputs[0].name) for layer in self.layers}
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A float bundle with its calibration samples.
+
+    Attributes:
+        bundle: The float bundle.
+        answers: The float policy's answers to the calibration observations.
+        graphs: The graphs to quantise, by name.
+    """
+
+    bundle: Bundle
+    answers: Answers
+    graphs: Mapping[str, FloatGraph]
+
+    @classmethod
+    def from_answers(cls, bundle: Bundle, answers: Answers, seed: int) -> Calibrated:
+        """Pair a bundle's graphs with the samples that were captured from them."""
+        graphs = {
+            name: FloatGraph(bundle.graph_path(name), answers.feeds[name], seed)
+            for name in QUANTIZED_GRAPHS
+        }
+        return cls(bundle, answers, graphs)
+
+
+# Writes the quantised graphs into a folder and returns their paths by the graph's name.
+Scheme = Callable[[Calibrated, Path], dict[str, Path]]
+
+
+def _own(scheme: LayerScheme, calibrated: Calibrated, folder: Path) -> dict[str, Path]:
+    targets = {}
+    for name, graph in calibrated.graphs.items():
+        targets[name] = folder / graph.path.name
+        needs = scheme.activation == "static" or scheme.migration_alpha is not None
+        quantize_graph(
+            graph.path,
+            targets[name],
+            {layer.name: scheme for layer in graph.layers},
+            graph.statistics if needs else None,
+        )
+    return targets
+
+
+def _baseline(
+    tool: Callable[[Path, Path, Feeds, list[str], str], None],
+    method: str,
+    calibrated: Calibrated,
+    folder: Path,
+) -> dict[str, Path]:
+    targets = {}
+    for name, graph in calibrated.graphs.items():
+        targets[name] = folder / graph.path.name
+        tool(graph.path, targets[name], graph.feeds, [layer.node for layer in graph.layers], method)
+    return targets
+
+
+_ALPHA = 0.5  # SmoothQuant's own default
+
+OWN_SCHEMES: dict[str, Scheme] = {
+    "static-max": partial(_own, LayerScheme("static", "max")),
+    "static-entropy": partial(_own, LayerScheme("static", "entropy")),
+    "static-percentile": partial(_own, LayerScheme("static", "percentile")),
+    "smoothquant": partial(_own, LayerScheme("static", "max", _ALPHA)),
+    "row": partial(_own, LayerScheme("row")),
+    "row+migration": partial(_own, LayerScheme("row", None, _ALPHA)),
+}
+
+ORT_SCHEMES: dict[str, Scheme] = {
+    f"onnxruntime-{method}": partial(_baseline, baselines.quantize_with_onnxruntime, method)
+    for method in baselines.ORT_METHODS
+}
+
+MODELOPT_SCHEMES: dict[str, Scheme] = {
+    f"modelopt-{method}": partial(_baseline, baselines.quantize_with_modelopt, method)
+    for method in baselines.MODELOPT_METHODS
+}
+
+SCHEMES: dict[str, Scheme] = {**OWN_SCHEMES, **ORT_SCHEMES, **MODELOPT_SCHEMES}
