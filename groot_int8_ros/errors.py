@@ -38,6 +38,10 @@ class EngineError(GrootError):
     """An inference engine cannot be loaded or does not match the bundle."""
 
 
+class QuantizationError(GrootError):
+    """A graph cannot be quantised as asked, or its INT8 form misses what was asked of it."""
+
+
 class ObservationError(GrootError):
     """An observation cannot be used: missing, misshapen or not finite."""
 

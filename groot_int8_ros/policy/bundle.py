@@ -28,6 +28,7 @@ from groot_int8_ros.errors import BundleError, ConfigurationError
 from groot_int8_ros.policy.engines.base import Engine, TensorSpec
 from groot_int8_ros.policy.files import sha256_of_file
 from groot_int8_ros.policy.processor import Processor, load_processor
+from groot_int8_ros.policy.quantization import QuantizationRecord, parse_record
 from groot_int8_ros.policy.robot import RobotDescription, parse_robot
 
 SCHEMA_VERSION = 1
@@ -46,6 +47,8 @@ GRAPH_FILES = {
     "action_decoder": "action_decoder.onnx",
 }
 
+PRECISIONS = ("fp32", "fp16", "int8")
+
 _EXPORT_AGAIN = "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder}"
 
 
@@ -55,15 +58,18 @@ class GraphRecord:
 
     Attributes:
         file: Path inside the bundle.
-        precision: `fp32` or `fp16`: the type of weights and of floating inputs and outputs.
+        precision: One of `PRECISIONS`: the type of the weights; of an `int8` graph, that of the
+            layers that its quantisation record names.
         inputs: Specs by input name.
         outputs: Specs by output name.
+        quantization: How the graph was quantised; present exactly where the precision is `int8`.
     """
 
     file: str
     precision: str
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    quantization: QuantizationRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -258,7 +264,7 @@ def _count(value: object) -> int:
 
 
 def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
-    return {
+    entries: dict[str, Any] = {
         "file": graph.file,
         "precision": graph.precision,
         "inputs": {n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.inputs.items()},
@@ -266,14 +272,26 @@ def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
             n: {"dtype": s.dtype, "shape": list(s.shape)} for n, s in graph.outputs.items()
         },
     }
+    if graph.quantization is not None:
+        entries["quantization"] = graph.quantization.to_dict()
+    return entries
 
 
 def _graph_from_dict(record: Mapping[str, Any]) -> GraphRecord:
+    precision = _text(record["precision"])
+    if precision not in PRECISIONS:
+        raise ValueError(f"the precision {precision!r} is none of {PRECISIONS}")
+    quantization = record.get("quantization")
+    if (quantization is not None) != (precision == "int8"):
+        raise ValueError(
+            f"{record['file']}: an int8 graph, and no other, has a quantisation record"
+        )
     return GraphRecord(
         file=_text(record["file"]),
-        precision=_text(record["precision"]),
+        precision=precision,
         inputs={n: _spec_from_dict(s) for n, s in record["inputs"].items()},
         outputs={n: _spec_from_dict(s) for n, s in record["outputs"].items()},
+        quantization=None if quantization is None else parse_record(quantization),
     )
 
 

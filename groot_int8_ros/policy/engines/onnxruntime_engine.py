@@ -49,6 +49,9 @@ class OnnxRuntimeEngine:
         # The runtime's own log goes to stderr line by line; what matters reaches the user as an
         # EngineError.
         options.log_severity_level = 3
+        # Fused int8 kernels saturate on CPUs without VNNI, so the result would depend on the CPU.
+        # A yardstick computes what the Q/DQ nodes say, everywhere.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         if threads is not None:
             options.intra_op_num_threads = threads
         if keep_graph_as_written:

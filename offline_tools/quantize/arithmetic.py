@@ -1,0 +1,96 @@
+"""The arithmetic of INT8 layers in NumPy: what the Q/DQ graph computes, operand by operand.
+
+Owns: weight scales, migration factors and the simulation of a layer. Must not import onnx or
+torch. The graph rewrite takes its constants from here, and the sensitivity search judges a scheme
+by the same functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groot_int8_ros.policy.types import Float32Array
+from offline_tools.quantize.ranges import INT8_MAX
+
+# An activation row below this is nothing in any network; dividing by it instead of by zero leaves
+# rows of zeros, such as padding, at zero. FP16's smallest number is 6e-8.
+SMALLEST_ROW_MAX = 1e-12
+
+# Channels whose maxima are below this share of the largest are taken as that: a dead channel must
+# neither divide by zero nor get a factor that its first live value would overflow with.
+_SMALLEST_CHANNEL_SHARE = 1e-5
+
+
+def weight_scales(weight: Float32Array) -> Float32Array:
+    """Return the scale of each output channel, symmetric, from its largest magnitude.
+
+    Args:
+        weight: float32 (K, N).
+
+    Returns:
+        float32 (N,), positive.
+    """
+    largest = np.abs(weight).max(axis=0)
+    scales: Float32Array = (largest / INT8_MAX).astype(np.float32)
+    # A channel of zeros, or one that underflows, is zero under any scale.
+    return np.where(scales > 0.0, scales, np.float32(1.0))
+
+
+def quantise(values: Float32Array, scale: Float32Array | np.float32) -> NDArray[np.int8]:
+    """Round to int8 as ONNX's QuantizeLinear does: half to even, then saturate."""
+    rounded = np.rint(values / scale)
+    codes: NDArray[np.int8] = np.clip(rounded, -INT8_MAX - 1, INT8_MAX).astype(np.int8)
+    return codes
+
+
+def migration_factors(
+    channel_max: Float32Array, weights: Sequence[Float32Array], alpha: float
+) -> Float32Array:
+    """Return SmoothQuant's factors: how much larger a weight's input channels become.
+
+    s_j = max|X_j|**alpha / max|W_j|**(1 - alpha) (Xiao et al., "SmoothQuant", 2023, eq. 4), with
+    the maximum over all weights that share the input. The input's channel j is divided by s_j and
+    the weights' multiplied by it, which leaves the product as it was.
+
+    Args:
+        channel_max: Largest magnitude of each input channel, float32 (K,).
+        weights: The weights that share the input, float32 (K, N) each.
+        alpha: From 0 to 1.
+
+    Returns:
+        float32 (K,), positive, with a geometric mean of 1.
+    """
+    weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
+    x = _floored(channel_max.astype(np.float64))
+    w = _floored(weight_max.astype(np.float64))
+    logarithms = alpha * np.log(x) - (1.0 - alpha) * np.log(w)
+    # A common factor changes nothing after quantisation; without one the input keeps its size.
+    factors: Float32Array = np.exp(logarithms - logarithms.mean()).astype(np.float32)
+    return factors
+
+
+def static_input(rows: Float32Array, scale: float) -> Float32Array:
+    """Return rows as they are after QuantizeLinear and DequantizeLinear with one scale."""
+    single = np.float32(scale)
+    return quantise(rows, single).astype(np.float32) * single
+
+
+def row_input(rows: Float32Array) -> Float32Array:
+    """Return rows as they are after per-row quantisation."""
+    largest = np.maximum(np.abs(rows).max(axis=-1, keepdims=True), np.float32(SMALLEST_ROW_MAX))
+    restored: Float32Array = static_input(rows / largest, 1.0 / INT8_MAX) * largest
+    return restored
+
+
+def dequantised_weight(weight: Float32Array) -> Float32Array:
+    """Return a weight as it is after quantisation with its own scales."""
+    scales = weight_scales(weight)
+    return quantise(weight, scales).astype(np.float32) * scales
+
+
+def _floored(maxima: NDArray[np.float64]) -> NDArray[np.float64]:
+    largest = float(maxima.max(initial=0.0))
+    return np.maximum(maxima, largest * _SMALLEST_CHANNEL_SHARE if largest else 1.0)

@@ -1,0 +1,121 @@
+"""Which matrix products of a graph run on INT8 operands, read from the graph itself.
+
+Owns: `audit_graph`. Must not import torch or TensorRT. It trusts neither names nor the rewrite
+that made the graph: a layer is INT8 when both operands of its product come out of a
+DequantizeLinear whose codes are int8 with a zero point of zero, which is what TensorRT fuses into
+an INT8 product. What an engine made of it is another question, for the engine's own audit.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx_ir as ir
+
+from groot_int8_ros.policy.quantization import QuantizationRecord
+from offline_tools.engine.verdicts import LayerVerdict, Precision
+from offline_tools.quantize.layers import layer_name, load_graph
+
+# Between codes and product TensorRT looks through these; they move values and change none.
+_TRANSPARENT = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+
+
+def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerdict]:
+    """Judge every layer of a graph.
+
+    Args:
+        path: The `.onnx` file.
+        record: What the manifest says about it; None for a graph that should be float.
+
+    Returns:
+        A verdict for each product with a constant weight, in the order of the graph, then one for
+        each layer of the record that the graph lacks.
+
+    Raises:
+        QuantizationError: The file is no ONNX graph.
+    """
+    model = load_graph(path)
+    wanted = set() if record is None else set(record.layers)
+    verdicts = []
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.name is None:
+            continue
+        activation, weight = node.inputs[0], node.inputs[1]
+        if activation is None or weight is None or not _is_constant(weight):
+            continue
+        name = layer_name(node.name, node.op_type)
+        verdict, evidence = _judge(activation, weight)
+        asked = Precision.INT8 if name in wanted else Precision.FLOAT
+        verdicts.append(LayerVerdict(name, asked, verdict, evidence))
+    found = {verdict.layer for verdict in verdicts}
+    verdicts += [
+        LayerVerdict(name, Precision.INT8, Precision.UNKNOWN, "the graph has no such layer")
+        for name in sorted(wanted - found)
+    ]
+    return verdicts
+
+
+def _judge(activation: ir.Value, weight: ir.Value) -> tuple[Precision, str]:
+    reasons = [
+        f"{operand}: {reason}"
+        for operand, reason in (
+            ("input", _why_not_int8(activation, constant=False)),
+            ("weight", _why_not_int8(weight, constant=True)),
+        )
+        if reason
+    ]
+    if not reasons:
+        return Precision.INT8, "both operands are dequantised int8"
+    return Precision.FLOAT, "; ".join(reasons)
+
+
+def _why_not_int8(operand: ir.Value, *, constant: bool) -> str:
+    """Return what keeps an operand from being int8, or an empty text."""
+    node = operand.producer()
+    if node is None or node.op_type != "DequantizeLinear":
+        return f"{_type(operand)} from {node.op_type if node is not None else 'a constant'}"
+    codes = node.inputs[0]
+    if codes is None or codes.dtype not in (None, ir.DataType.INT8):
+        return f"its codes are {_type(codes)}"
+    for zero in _zero_points(node):
+        if zero.const_value is None:
+            return "its zero point is computed at run time"
+        if zero.dtype != ir.DataType.INT8:
+            return f"its zero point is {_type(zero)}"
+        if zero.const_value.numpy().any():
+            return "its zero point is not zero"
+    source = codes.producer()
+    if source is None:
+        # A constant says its type itself; an input without a type says nothing.
+        return "" if constant and codes.dtype == ir.DataType.INT8 else "its codes are not constant"
+    if source.op_type != "QuantizeLinear":
+        return f"its codes come from {source.op_type}"
+    if not _zero_points(source):
+        return "QuantizeLinear without a zero point gives uint8"
+    for zero in _zero_points(source):
+        if zero.dtype != ir.DataType.INT8:
+            return f"it is quantised to {_type(zero)}"
+    return ""
+
+
+def _zero_points(node: ir.Node) -> list[ir.Value]:
+    zero = node.inputs[2] if len(node.inputs) > 2 else None
+    return [] if zero is None else [zero]
+
+
+def _is_constant(value: ir.Value) -> bool:
+    """Whether a value is a weight, whatever conversions stand behind it."""
+    while (node := value.producer()) is not None:
+        if node.op_type not in (*_TRANSPARENT, "QuantizeLinear", "DequantizeLinear"):
+            return False
+        source = node.inputs[0]
+        if source is None:
+            return False
+        value = source
+    return value.is_initializer()
+
+
+def _type(value: ir.Value | None) -> str:
+    if value is None or value.dtype is None:
+        return "of unknown type"
+    return str(value.dtype.name).lower()

@@ -1,0 +1,391 @@
+"""Rewriting a float graph into one whose chosen layers are INT8, with explicit Q/DQ nodes.
+
+Owns: the nodes and constants of each scheme. Must not import torch, and must not decide which
+layer gets which scheme.
+
+What stands between a layer's input `x` and its consumers afterwards (K, N: channels in and out)::
+
+    static   Cast, [Mul r], QuantizeLinear(c), DequantizeLinear(c), MatMul(DequantizeLinear(W, d)),
+             [Add bias], Cast
+    row      Cast, [Mul r], Abs, ReduceMax, Max -> a; Div(x, a), QuantizeLinear(1/127),
+             DequantizeLinear(1/127), MatMul(DequantizeLinear(W, d)), Mul(a), [Add bias], Cast
+
+with c a scalar, W int8, d float32 (N,), r = 1/s float32 (K,) for migration, and a float32, one for
+each row. Decisions:
+
+- Everything between the two Casts is float32, in FP16 graphs too. QuantizeLinear takes FP16 only
+  from opset 19 on, which TensorRT 8.6 does not read, and FP16 is too narrow for it: the sum of K
+  products of int8 exceeds 65504 before the weight's scale is applied, and TensorRT-RTX 1.7 stores
+  exactly that sum in the type of the scales (seen in its layer list). The Casts are fused into
+  the kernels around the product.
+- Nodes that read the same activation with the same scheme share all nodes up to DequantizeLinear.
+- Migration is not folded into the norm before: TensorRT fuses the multiplication into the kernel
+  that quantises, and the residual stream stays as it is.
+- Weights are quantised while the external data are written, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.quantization import LayerScheme
+from groot_int8_ros.policy.types import Float32Array
+from offline_tools.quantize.arithmetic import (
+    SMALLEST_ROW_MAX,
+    migration_factors,
+    quantise,
+    weight_scales,
+)
+from offline_tools.quantize.layers import Layer, find_layers, load_graph
+from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
+from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
+
+Plan = Mapping[str, LayerScheme]
+
+_EXTERNAL_DATA_FROM_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class _Quantiser:
+    """What the layers that share an activation and a scheme share."""
+
+    scheme: LayerScheme
+    layers: tuple[Layer, ...]
+    factors: Float32Array | None
+    scale: float
+
+
+def quantize_graph(
+    source: Path,
+    target: Path,
+    plan: Plan,
+    statistics: GraphStatistics | None,
+    *,
+    percentile: float = DEFAULT_PERCENTILE,
+) -> None:
+    """Write the INT8 form of a float graph.
+
+    Args:
+        source: The float graph; its external data lie beside it. Only read.
+        target: The graph to write, with its external data beside it, in another folder or by
+            another name.
+        plan: INT8 layer to its scheme; layers that it does not name stay float.
+        statistics: Of the float graph; needed by `static` and by migration.
+        percentile: Of the range method of that name.
+
+    Raises:
+        QuantizationError: The plan does not fit the graph or the statistics.
+    """
+    model = load_graph(source)
+    quantize_model(model, plan, statistics, percentile=percentile)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ir.save(
+            model,
+            target,
+            external_data=f"{target.name}.data",
+            size_threshold_bytes=_EXTERNAL_DATA_FROM_BYTES,
+        )
+    try:
+        onnx.checker.check_model(str(target), full_check=False)
+    except onnx.checker.ValidationError as error:
+        raise RuntimeError(f"the ONNX checker refuses {target}: {error}") from error
+
+
+def quantize_model(
+    model: ir.Model,
+    plan: Plan,
+    statistics: GraphStatistics | None,
+    *,
+    percentile: float = DEFAULT_PERCENTILE,
+) -> None:
+    """Rewrite a float graph in place; see `quantize_graph`."""
+    layers = {layer.name: layer for layer in find_layers(model)}
+    unknown = sorted(set(plan) - set(layers))
+    if unknown:
+        raise QuantizationError(
+            f"{len(unknown)} layers of the plan are not in the graph, the first is {unknown[0]}: "
+            "the plan belongs to another model"
+        )
+    shared: dict[tuple[str, LayerScheme], list[Layer]] = {}
+    for name, layer in layers.items():
+        if name in plan:
+            shared.setdefault((layer.input, plan[name]), []).append(layer)
+    rewriter = _Rewriter(model)
+    for (activation, scheme), members in shared.items():
+        seen = statistics.inputs.get(activation) if statistics is not None else None
+        quantiser = _prepare(rewriter, scheme, members, seen, percentile)
+        rewriter.apply(activation, quantiser)
+    rewriter.finish()
+
+
+def _prepare(
+    rewriter: _Rewriter,
+    scheme: LayerScheme,
+    layers: Sequence[Layer],
+    seen: InputStatistics | None,
+    percentile: float,
+) -> _Quantiser:
+    factors: Float32Array | None = None
+    scale = 1.0 / INT8_MAX
+    if scheme.activation == "static" or scheme.migration_alpha is not None:
+        if seen is None:
+            raise QuantizationError(
+                f"the scheme {scheme.name} of {layers[0].name} needs statistics of its input, and "
+                "the calibration has none: collect them for this graph and all its layers"
+            )
+        if len(seen.channel_max) != layers[0].in_channels:
+            raise QuantizationError(
+                f"the statistics of {layers[0].name} have {len(seen.channel_max)} channels and "
+                f"the layer has {layers[0].in_channels}: they belong to another model"
+            )
+    if scheme.migration_alpha is not None:
+        assert seen is not None
+        factors = migration_factors(
+            seen.channel_max,
+            [rewriter.weight(layer) for layer in layers],
+            scheme.migration_alpha,
+        )
+    if scheme.activation == "static":
+        assert seen is not None
+        assert scheme.range_method is not None
+        if factors is None:
+            top = static_range(seen.histogram, scheme.range_method, percentile)
+        else:
+            top = float((seen.channel_max / factors).max()) or 1.0
+        scale = top / INT8_MAX
+    return _Quantiser(scheme, tuple(layers), factors, scale)
+
+
+class _Rewriter:
+    """Adds nodes and constants to one graph."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self._graph = model.graph
+        self._nodes = {node.name: node for node in model.graph}
+        self._values = {
+            value.name: value for node in model.graph for value in node.inputs if value is not None
+        }
+
+    def weight(self, layer: Layer) -> Float32Array:
+        """Read a layer's weight as float32 (K, N)."""
+        stored = self._graph.initializers[layer.weight].const_value
+        if stored is None:
+            raise RuntimeError(f"the weight {layer.weight} has no value")
+        return _as_columns(stored, layer)
+
+    def apply(self, activation: str, quantiser: _Quantiser) -> None:
+        """Put one quantiser behind an activation and its layers behind that."""
+        first = self._nodes[quantiser.layers[0].node]
+        place = _Place(self._graph, first, f"{quantiser.layers[0].name}/input")
+        x = self._values[activation]
+        dtype, shape = x.dtype, x.shape
+        if dtype is None:
+            raise RuntimeError(f"the activation {activation} has no type")
+        if dtype != ir.DataType.FLOAT:
+            x = place.node("Cast", [x], shape, attributes={"to": int(ir.DataType.FLOAT)})
+        if quantiser.factors is not None:
+            reciprocal = (np.float32(1.0) / quantiser.factors).astype(np.float32)
+            x = place.node("Mul", [x, place.constant("migration", reciprocal)], shape)
+        row_max: ir.Value | None = None
+        if quantiser.scheme.activation == "row":
+            column = None if shape is None else ir.Shape([*shape[:-1], 1])
+            magnitude = place.node("Abs", [x], shape)
+            found = place.node("ReduceMax", [magnitude], column, attributes={"axes": [-1]})
+            smallest = place.constant("smallest", np.float32(SMALLEST_ROW_MAX))
+            row_max = place.node("Max", [found, smallest], column)
+            x = place.node("Div", [x, row_max], shape)
+        scale = place.constant("scale", np.float32(quantiser.scale))
+        zero = place.constant("zero_point", np.int8(0))
+        quantised = place.node("QuantizeLinear", [x, scale, zero], shape, ir.DataType.INT8)
+        restored = place.node("DequantizeLinear", [quantised, scale, zero], shape)
+        for layer in quantiser.layers:
+            self._rewrite_layer(layer, restored, row_max, quantiser.factors, dtype)
+
+    def _rewrite_layer(
+        self,
+        layer: Layer,
+        activation: ir.Value,
+        row_max: ir.Value | None,
+        factors: Float32Array | None,
+        dtype: ir.DataType,
+    ) -> None:
+        node = self._nodes[layer.node]
+        output = node.outputs[0]
+        shape = output.shape
+        weight = self._dequantised_weight(layer, node, factors)
+        attributes = {"transB": 1} if layer.operator == "Gemm" and layer.out_axis == 0 else {}
+        place = _Place(self._graph, node, layer.name)
+        product = place.node(
+            layer.operator, [activation, weight], shape, attributes=attributes, name=None
+        )
+        result = product
+        if row_max is not None:
+            result = place.node("Mul", [result, row_max], shape)
+        if layer.operator == "Gemm" and len(node.inputs) > 2 and node.inputs[2] is not None:
+            result = place.node("Add", [result, self._float_bias(node.inputs[2])], shape)
+        if dtype != ir.DataType.FLOAT:
+            result = place.node("Cast", [result], shape, dtype, attributes={"to": int(dtype)})
+        # The output keeps its name, so that a graph output stays what the manifest says.
+        name = output.name
+        output.replace_all_uses_with(result, replace_graph_outputs=True)
+        self._graph.remove(node, safe=True)
+        result.name = name
+        new = product.producer()
+        assert new is not None
+        new.name = layer.node
+        self._nodes[layer.node] = new
+        if name is not None:
+            self._values[name] = result
+
+    def _dequantised_weight(
+        self, layer: Layer, node: ir.Node, factors: Float32Array | None
+    ) -> ir.Value:
+        initializer = self._graph.initializers[layer.weight]
+        stored = initializer.const_value
+        if stored is None or initializer.shape is None:
+            raise RuntimeError(f"the weight {layer.weight} has no value")
+        columns = _as_columns(stored, layer)
+        if not np.isfinite(columns).all():
+            raise QuantizationError(
+                f"the weight of {layer.name} holds NaN or infinity: the float bundle is damaged, "
+                "export it again"
+            )
+        scales = weight_scales(_migrated(columns, factors))
+
+        def read() -> ir.TensorProtocol:
+            codes = quantise(_migrated(_as_columns(stored, layer), factors), scales)
+            return ir.tensor(
+                np.ascontiguousarray(codes.T if layer.out_axis == 0 else codes), name=name
+            )
+
+        name = _unused(self._graph, f"{layer.weight}.int8")
+        place = _Place(self._graph, node, f"{layer.name}/weight")
+        quantised = ir.Value(
+            name=name,
+            type=ir.TensorType(ir.DataType.INT8),
+            shape=initializer.shape,
+            const_value=ir.LazyTensor(
+                read, dtype=ir.DataType.INT8, shape=initializer.shape, name=name, cache=False
+            ),
+        )
+        self._graph.register_initializer(quantised)
+        return place.node(
+            "DequantizeLinear",
+            [quantised, place.constant("scale", scales)],
+            initializer.shape,
+            attributes={"axis": layer.out_axis},
+        )
+
+    def _float_bias(self, bias: ir.Value) -> ir.Value:
+        if bias.dtype == ir.DataType.FLOAT:
+            return bias
+        if bias.const_value is None or bias.name is None:
+            raise QuantizationError("a layer's bias is computed at run time, which is not handled")
+        name = f"{bias.name}.float32"
+        if name not in self._graph.initializers:
+            value = bias.const_value.numpy().astype(np.float32)
+            self._graph.register_initializer(_initializer(name, value))
+        return self._graph.initializers[name]
+
+    def finish(self) -> None:
+        """Drop the float weights that nothing reads any more."""
+        for name, value in list(self._graph.initializers.items()):
+            if not value.uses() and not value.is_graph_output():
+                del self._graph.initializers[name]
+
+
+class _Place:
+    """Where in the graph, and under which name, nodes are added."""
+
+    def __init__(self, graph: ir.Graph, before: ir.Node, prefix: str) -> None:
+        self._graph = graph
+        self._before = before
+        self._prefix = prefix
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[ir.Value],
+        shape: ir.Shape | None,
+        dtype: ir.DataType = ir.DataType.FLOAT,
+        *,
+        attributes: Mapping[str, Any] | None = None,
+        name: str | None = "",
+    ) -> ir.Value:
+        """Add a node before the place and return its output.
+
+        Args:
+            operator: Its type.
+            inputs: What it reads.
+            shape: Of its output.
+            dtype: Of its output.
+            attributes: By name.
+            name: None leaves it unnamed, to be named by the caller.
+        """
+        new = ir.node(operator, inputs=inputs, attributes=dict(attributes or {}))
+        if name is not None:
+            new.name = f"{self._prefix}/{operator}"
+            new.outputs[0].name = f"{new.name}_output"
+        new.outputs[0].type = ir.TensorType(dtype)
+        new.outputs[0].shape = shape
+        self._graph.insert_before(self._before, new)
+        return new.outputs[0]
+
+    def constant(self, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
+        """Add an initializer."""
+        full = _unused(self._graph, f"{self._prefix}/{name}")
+        constant = _initializer(full, np.asarray(value))
+        self._graph.register_initializer(constant)
+        return constant
+
+
+def _initializer(name: str, value: NDArray[Any]) -> ir.Value:
+    tensor = ir.tensor(value, name=name)
+    return ir.Value(
+        name=name,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(value.shape),
+        const_value=tensor,
+    )
+
+
+def _unused(graph: ir.Graph, name: str) -> str:
+    number, candidate = 0, name
+    while candidate in graph.initializers:
+        number += 1
+        candidate = f"{name}_{number}"
+    return candidate
+
+
+def _as_columns(stored: ir.TensorProtocol, layer: Layer) -> Float32Array:
+    """Return a stored weight as float32 (K, N)."""
+    result: Float32Array = _transposed_if(stored.numpy(), layer.out_axis == 0).astype(np.float32)
+    if isinstance(stored, ir.ExternalTensor):
+        # Pages that stay mapped count as the process's memory.
+        stored.release()
+    return result
+
+
+def _transposed_if(value: NDArray[Any], condition: bool) -> NDArray[Any]:
+    return value.T if condition else value
+
+
+def _migrated(weight: Float32Array, factors: Float32Array | None) -> Float32Array:
+    if factors is None:
+        return weight
+    # The input is multiplied by the float32 reciprocal; its exact inverse leaves no mismatch.
+    inverse = 1.0 / (np.float32(1.0) / factors).astype(np.float64)
+    migrated: Float32Array = (weight * inverse[:, None]).astype(np.float32)
+    return migrated

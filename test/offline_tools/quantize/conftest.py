@@ -1,0 +1,73 @@
+"""Graphs small enough to reason about, and the calibration feeds of the tiny bundles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+onnx = pytest.importorskip("onnx", reason="quantisation needs the extra 'offline'")
+
+Feed = Mapping[str, NDArray[Any]]
+Feeds = Callable[[], Iterator[Feed]]
+
+
+@pytest.fixture(scope="session")
+def dit_feeds() -> Feeds:
+    """Feeds of the tiny checkpoints' DiT: random features at four denoising steps."""
+
+    def feeds() -> Iterator[Feed]:
+        random = np.random.RandomState(0)
+        tokens = 60
+        for step in range(4):
+            yield {
+                "sa_embs": random.standard_normal((1, 17, 96)).astype(np.float32),
+                "vl_embs": random.standard_normal((1, tokens, 64)).astype(np.float32),
+                "timestep": np.array([250 * step], np.int64),
+                "image_mask": (np.arange(tokens) > 20)[None],
+                "backbone_attention_mask": np.ones((1, tokens), np.bool_),
+            }
+
+    return feeds
+
+
+@pytest.fixture
+def two_products(tmp_path: Path) -> Callable[..., Path]:
+    """Writes `y = (x W1, x W2 + b)`, a MatMul and a Gemm that share their input."""
+
+    def write(first: NDArray[Any], second: NDArray[Any], bias: NDArray[Any]) -> Path:
+        helper, dtype = onnx.helper, onnx.helper.np_dtype_to_tensor_dtype(first.dtype)
+        rows = helper.make_tensor_value_info("x", dtype, ["rows", first.shape[0]])
+        outputs = [
+            helper.make_tensor_value_info(name, dtype, ["rows", width])
+            for name, width in (("y1", first.shape[1]), ("y2", second.shape[1]))
+        ]
+        nodes = [
+            helper.make_node("MatMul", ["x", "first.weight"], ["y1"], name="first/MatMul"),
+            helper.make_node(
+                "Gemm",
+                ["x", "second.weight", "second.bias"],
+                ["y2"],
+                name="second/Gemm",
+                transB=1,
+            ),
+        ]
+        weights = {"first.weight": first, "second.weight": second.T, "second.bias": bias}
+        graph = helper.make_graph(
+            nodes,
+            "two_products",
+            [rows],
+            outputs,
+            [onnx.numpy_helper.from_array(np.ascontiguousarray(v), n) for n, v in weights.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        path = tmp_path / "float" / "graph.onnx"
+        path.parent.mkdir()
+        onnx.save(model, str(path))
+        return path
+
+    return write
