@@ -42,6 +42,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.engine.command",
         "parse and build a bundle's graphs with TensorRT-RTX (no GPU needed) or TensorRT",
     ),
+    "compare-quantization": (
+        "offline_tools.compare_quantization.command",
+        "measure quantisation schemes against each other, on models with and without outliers",
+    ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",
         "turn a LeRobot v2.1 episode into a rosbag2",

@@ -40,6 +40,9 @@ ORT_METHODS = {
 }
 MODELOPT_METHODS = ("max", "entropy")
 
+# Their histograms put the samples of a tensor into one array.
+ORT_METHODS_OF_ONE_LENGTH = frozenset({"entropy", "percentile"})
+
 # What `modelopt.onnx` imports. Its own extra `onnx` asks for an ONNX Runtime with CUDA besides,
 # which the CPU does without.
 _MODELOPT_MODULES = ("modelopt", "onnx_graphsurgeon", "onnxslim", "lief", "pynvml")
@@ -82,7 +85,16 @@ def quantize_with_onnxruntime(
         feeds: The calibration samples.
         layers: Names of the nodes to quantise.
         method: A key of `ORT_METHODS`.
+
+    Raises:
+        ConfigurationError: The method takes samples of one length only, and these are not.
     """
+    if method in ORT_METHODS_OF_ONE_LENGTH and not _same_shapes(feeds):
+        raise ConfigurationError(
+            f"ONNX Runtime's {method} calibration fails on samples of different lengths, and the "
+            f"dataset's instructions have several: leave out --schemes onnxruntime-{method}, or "
+            "give a dataset with one instruction"
+        )
     large = _size(graph) > _LARGEST_IN_ONE_FILE_BYTES
     with _copied(graph) as copy, _quiet():
         quantize_static(
@@ -147,6 +159,10 @@ def _copied(graph: Path) -> Iterator[Path]:
         for path in graph.parent.glob(f"{graph.name}*"):
             shutil.copyfile(path, Path(folder) / path.name)
         yield Path(folder) / graph.name
+
+
+def _same_shapes(feeds: Feeds) -> bool:
+    return len({tuple((k, v.shape) for k, v in sorted(feed.items())) for feed in feeds}) == 1
 
 
 def _size(graph: Path) -> int:

@@ -41,7 +41,8 @@ def bfloat16_actions(
     """
     model, _, _ = load_model(checkpoint, eagle_config, torch.bfloat16)
     rotary = model.backbone.language.model.rotary_emb
-    rotary.inv_freq = rotary.inv_freq.to(torch.bfloat16).float()
+    frequencies = rotary.get_buffer("inv_freq")
+    frequencies.copy_(frequencies.to(torch.bfloat16))
     results = []
     for one, noise in zip(answers.inputs, answers.noise, strict=True):
         given = ModelInputs(

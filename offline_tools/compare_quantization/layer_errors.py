@@ -39,9 +39,7 @@ def layer_errors(
     kept = {layer: name for layer, name in tensors.items() if name in present}
     wanted = _run(reference, list(kept.values()), feeds)
     got = _run(found, list(kept.values()), feeds)
-    return {
-        layer: compare(layer, wanted[index], got[index]) for index, layer in enumerate(kept)
-    }
+    return {layer: compare(layer, wanted[index], got[index]) for index, layer in enumerate(kept)}
 
 
 def _tensor_names(graph: Path) -> set[str]:

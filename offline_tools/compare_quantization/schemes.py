@@ -111,7 +111,9 @@ def _baseline(
     targets = {}
     for name, graph in calibrated.graphs.items():
         targets[name] = folder / graph.path.name
-        tool(graph.path, targets[name], graph.feeds, [layer.node for layer in graph.layers], method)
+        tool(
+            graph.path, targets[name], graph.feeds, [layer.node for layer in graph.layers], method
+        )
     return targets
 
 

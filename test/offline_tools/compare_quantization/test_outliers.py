@@ -7,21 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
 
-torch = pytest.importorskip("torch", reason="checkpoints need torch")
-pytest.importorskip("transformers", reason="the model needs transformers")
-
-from groot_int8_ros.errors import CheckpointError, ConfigurationError  # noqa: E402
-from offline_tools.compare_quantization.outliers import (  # noqa: E402
+from groot_int8_ros.errors import CheckpointError, ConfigurationError
+from offline_tools.compare_quantization.outliers import (
     CALIBRATED_GAINS,
     MASSIVE_ACTIVATION,
     channel_outliers,
     massive_token,
     write_edited,
 )
-from offline_tools.model.checkpoint import CheckpointReader, load_model  # noqa: E402
-from offline_tools.model.configuration import ModelConfig, load_model_config  # noqa: E402
-from offline_tools.model.policy_model import GrootN16, ModelInputs  # noqa: E402
+from offline_tools.model.checkpoint import CheckpointReader, load_model
+from offline_tools.model.configuration import ModelConfig, load_model_config
+from offline_tools.model.policy_model import GrootN16, ModelInputs
 
 TOKEN, OTHER, DELIMITER = 11, 12, 3
 STEPS = 2
@@ -40,7 +39,7 @@ def _inputs(config: ModelConfig, seed: int = 0) -> ModelInputs:
     )
 
 
-def _actions(model: GrootN16, inputs: ModelInputs) -> torch.Tensor:
+def _actions(model: GrootN16, inputs: ModelInputs) -> Tensor:
     noise = torch.randn(
         (1, model.config.action_horizon, model.config.max_action_dim),
         generator=torch.Generator().manual_seed(1),
@@ -48,12 +47,12 @@ def _actions(model: GrootN16, inputs: ModelInputs) -> torch.Tensor:
     return model.get_action(inputs, noise, STEPS)
 
 
-def _linear_inputs(model: GrootN16, inputs: ModelInputs) -> dict[str, torch.Tensor]:
+def _linear_inputs(model: GrootN16, inputs: ModelInputs) -> dict[str, Tensor]:
     """Return the absolute maximum of every linear layer's input by channel and by token."""
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[..., None]:
-        def hook(_module: object, given: tuple[torch.Tensor, ...], _result: object) -> None:
+        def hook(_module: object, given: tuple[Tensor, ...], _result: object) -> None:
             seen[name] = given[0].detach().abs()
 
         return hook

@@ -1,0 +1,81 @@
+"""The models that schemes are compared on: a checkpoint and its variants with outliers.
+
+Owns: names and preparation of the variants. The checkpoint may be a trained policy, a generated
+one or the recorded one; what a variant adds is the same for all.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from groot_int8_ros.errors import CheckpointError
+from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
+from offline_tools.compare_quantization.outliers import (
+    Edits,
+    channel_outliers,
+    massive_token,
+)
+from offline_tools.model.configuration import ModelConfig
+
+PLAIN = "plain"
+CHANNELS = "channels"
+MASSIVE_PREFIX = "massive-prefix"
+MASSIVE_LIVE = "massive-live"
+
+VARIANTS = {
+    PLAIN: "the checkpoint as it is",
+    CHANNELS: "function-preserving channel outliers of the real calibration's magnitudes",
+    MASSIVE_PREFIX: "a massive activation on a token of the constant prefix",
+    MASSIVE_LIVE: "a massive activation on the delimiter in front of each image",
+}
+
+_ANY_INSTRUCTION = "pick up the cube"
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """Tokens of a policy's prompt that a massive activation can sit on.
+
+    Attributes:
+        prefix: The first token that every prompt has exactly once, before the instruction.
+        live: The delimiter in front of each image.
+    """
+
+    prefix: int
+    live: int
+
+
+def prompt_tokens(bundle: Bundle) -> PromptTokens:
+    """Find the tokens in the prompt that a bundle's tokenizer makes.
+
+    Raises:
+        CheckpointError: The tokenizer makes a prompt in which no token stands alone.
+    """
+    tokenizer = PromptTokenizer.from_file(bundle.tokenizer_path)
+    preprocess = Preprocessor(bundle.processor, tokenizer, bundle.manifest.robot.cameras)
+    encoded, _ = tokenizer.encode(
+        _ANY_INSTRUCTION,
+        preprocess.tokens_per_image,
+        formalize=bundle.processor.formalize_language,
+    )
+    ids = encoded[0].tolist()
+    first_image = ids.index(tokenizer.image_token_id)
+    single = [token for token in ids[: first_image - 1] if ids.count(token) == 1]
+    if not single:
+        raise CheckpointError(
+            f"{bundle.tokenizer_path} makes a prompt in which every token is repeated; pass the "
+            "tokenizer of the training code"
+        )
+    return PromptTokens(prefix=single[0], live=ids[first_image - 1])
+
+
+def plan_variant(variant: str, config: ModelConfig, tokens: PromptTokens, seed: int) -> Edits:
+    """Return the weight edits of a variant; none for the checkpoint as it is."""
+    if variant == CHANNELS:
+        return channel_outliers(config, seed=seed)
+    if variant == MASSIVE_PREFIX:
+        return massive_token(config, tokens.prefix, seed=seed)
+    if variant == MASSIVE_LIVE:
+        return massive_token(config, tokens.live, seed=seed)
+    return {}
