@@ -37,6 +37,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "compare the model with recorded reference tensors at every boundary",
     ),
     "export": ("offline_tools.export.command", "write a bundle from a checkpoint"),
+    "quantize": (
+        "offline_tools.quantize.command",
+        "write an INT8 bundle from a float one and captured inputs",
+    ),
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
     "build-check": (
         "offline_tools.engine.command",

@@ -7,8 +7,6 @@ by the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,7 +45,7 @@ def quantise(values: Float32Array, scale: Float32Array | np.float32) -> NDArray[
 
 
 def migration_factors(
-    channel_max: Float32Array, weights: Sequence[Float32Array], alpha: float
+    channel_max: Float32Array, weight_max: Float32Array, alpha: float
 ) -> Float32Array:
     """Return SmoothQuant's factors: how much larger a weight's input channels become.
 
@@ -57,13 +55,13 @@ def migration_factors(
 
     Args:
         channel_max: Largest magnitude of each input channel, float32 (K,).
-        weights: The weights that share the input, float32 (K, N) each.
+        weight_max: Largest magnitude of each row of the weights that share the input, float32
+            (K,).
         alpha: From 0 to 1.
 
     Returns:
         float32 (K,), positive, with a geometric mean of 1.
     """
-    weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
     x = _floored(channel_max.astype(np.float64))
     w = _floored(weight_max.astype(np.float64))
     logarithms = alpha * np.log(x) - (1.0 - alpha) * np.log(w)

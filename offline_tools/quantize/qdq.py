@@ -46,7 +46,13 @@ from offline_tools.quantize.arithmetic import (
     quantise,
     weight_scales,
 )
-from offline_tools.quantize.layers import Layer, find_layers, load_graph
+from offline_tools.quantize.layers import (
+    Layer,
+    as_columns,
+    find_layers,
+    load_graph,
+    read_weight,
+)
 from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
 from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
 
@@ -152,11 +158,10 @@ def _prepare(
             )
     if scheme.migration_alpha is not None:
         assert seen is not None
-        factors = migration_factors(
-            seen.channel_max,
-            [rewriter.weight(layer) for layer in layers],
-            scheme.migration_alpha,
-        )
+        weight_max = np.zeros_like(seen.channel_max)
+        for layer in layers:
+            np.maximum(weight_max, np.abs(rewriter.weight(layer)).max(axis=1), out=weight_max)
+        factors = migration_factors(seen.channel_max, weight_max, scheme.migration_alpha)
     if scheme.activation == "static":
         assert seen is not None
         assert scheme.range_method is not None
@@ -180,10 +185,7 @@ class _Rewriter:
 
     def weight(self, layer: Layer) -> Float32Array:
         """Read a layer's weight as float32 (K, N)."""
-        stored = self._graph.initializers[layer.weight].const_value
-        if stored is None:
-            raise RuntimeError(f"the weight {layer.weight} has no value")
-        return _as_columns(stored, layer)
+        return read_weight(self._graph, layer)
 
     def apply(self, activation: str, quantiser: _Quantiser) -> None:
         """Put one quantiser behind an activation and its layers behind that."""
@@ -253,10 +255,11 @@ class _Rewriter:
         self, layer: Layer, node: ir.Node, factors: Float32Array | None
     ) -> ir.Value:
         initializer = self._graph.initializers[layer.weight]
+        if initializer.shape is None:
+            raise RuntimeError(f"the weight {layer.weight} has no shape")
+        # The rewrite removes the initializer from the graph, and its tensor is read again later.
         stored = initializer.const_value
-        if stored is None or initializer.shape is None:
-            raise RuntimeError(f"the weight {layer.weight} has no value")
-        columns = _as_columns(stored, layer)
+        columns = read_weight(self._graph, layer)
         if not np.isfinite(columns).all():
             raise QuantizationError(
                 f"the weight of {layer.name} holds NaN or infinity: the float bundle is damaged, "
@@ -265,7 +268,8 @@ class _Rewriter:
         scales = weight_scales(_migrated(columns, factors))
 
         def read() -> ir.TensorProtocol:
-            codes = quantise(_migrated(_as_columns(stored, layer), factors), scales)
+            assert stored is not None
+            codes = quantise(_migrated(as_columns(stored, layer), factors), scales)
             return ir.tensor(
                 np.ascontiguousarray(codes.T if layer.out_axis == 0 else codes), name=name
             )
@@ -367,19 +371,6 @@ def _unused(graph: ir.Graph, name: str) -> str:
         number += 1
         candidate = f"{name}_{number}"
     return candidate
-
-
-def _as_columns(stored: ir.TensorProtocol, layer: Layer) -> Float32Array:
-    """Return a stored weight as float32 (K, N)."""
-    result: Float32Array = _transposed_if(stored.numpy(), layer.out_axis == 0).astype(np.float32)
-    if isinstance(stored, ir.ExternalTensor):
-        # Pages that stay mapped count as the process's memory.
-        stored.release()
-    return result
-
-
-def _transposed_if(value: NDArray[Any], condition: bool) -> NDArray[Any]:
-    return value.T if condition else value
 
 
 def _migrated(weight: Float32Array, factors: Float32Array | None) -> Float32Array:

@@ -63,7 +63,8 @@ def _expected(
     rows = x.astype(np.float32)
     columns = [weight.astype(np.float32) for weight in weights]
     if scheme.migration_alpha is not None:
-        s = arithmetic.migration_factors(np.abs(rows).max(0), columns, scheme.migration_alpha)
+        weight_max = np.max([np.abs(weight).max(axis=1) for weight in columns], axis=0)
+        s = arithmetic.migration_factors(np.abs(rows).max(0), weight_max, scheme.migration_alpha)
         rows, columns = rows / s, [weight * s[:, None] for weight in columns]
     if scheme.activation == "row":
         restored = arithmetic.row_input(rows)

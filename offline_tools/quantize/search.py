@@ -1,0 +1,218 @@
+"""Which scheme each layer gets when the user states an error of the actions, not schemes.
+
+Owns: the search behind `--scheme auto`. Must not know how a plan is written or run: it asks for
+the error of a plan and gets a number. Must not import torch.
+
+The search minimises the run time that the weights cost, subject to the error of the actions:
+
+1. `sensitivity` gives every group of layers an error for each scheme, on the group alone.
+2. Errors of different groups are taken as independent, so their squares add up; how much a
+   section of the model (vision tower, language model, DiT blocks...) weighs in the actions is
+   measured once, by quantising that section alone and running the policy:
+   |error of the actions|**2 = sum over sections of w_section * sum over groups of error**2.
+3. Under that model the cheapest plan for a given error is found group by group with one Lagrange
+   multiplier (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
+   1988), so a group becomes float where that buys most accuracy for its bytes.
+4. The plan's actions are then measured. The model is scaled by what was found and the plan chosen
+   again, until the measured error is within the budget and uses most of it.
+
+The model only proposes; what is returned has been measured.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.quantization import LayerScheme
+from offline_tools.quantize.sensitivity import Group
+
+# Graph -> layer -> scheme. Layers that are not named are float.
+GraphPlans = dict[str, dict[str, LayerScheme]]
+# Gives the error of a plan as a share of the budget: at most 1 is within it.
+Judge = Callable[[GraphPlans], float]
+
+# What a layer's weight costs at run time, relative to a static INT8 layer: a half-precision weight
+# has twice the bytes; finding each row's maximum and migrating are small kernels that
+# are fused with others. Only the order of the INT8 schemes matters, and it is by construction.
+_STATIC, _MIGRATION, _ROW, _FLOAT = 1.0, 0.005, 0.02, 2.0
+
+# A plan that uses this share of the budget is good enough to stop at.
+_GOOD_SHARE = 0.85
+# Aim below the budget: between two samples of actions the error varies by a few per cent.
+_AIM = 0.93
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search returned.
+
+    Attributes:
+        plans: Graph to its plan.
+        share: Measured error as a share of the budget.
+        evaluations: How often actions were measured.
+    """
+
+    plans: GraphPlans
+    share: float
+    evaluations: int
+
+
+def cost(scheme: LayerScheme | None) -> float:
+    """Return the run-time cost of a parameter under a scheme; None is float."""
+    if scheme is None:
+        return _FLOAT
+    row = _ROW if scheme.activation == "row" else 0.0
+    return _STATIC + row + (0.0 if scheme.migration_alpha is None else _MIGRATION)
+
+
+def section(group: Group) -> str:
+    """Return the part of the model that a group belongs to: its name up to the first number."""
+    parts = list(itertools.takewhile(lambda part: not part.isdigit(), group.name.split(".")))
+    return ".".join([group.graph, *parts[:3]])
+
+
+def search(
+    groups: Sequence[Group],
+    weights: Mapping[str, float],
+    judge: Judge,
+    report: Callable[[str], None],
+    max_evaluations: int = 8,
+) -> Found:
+    """Find a cheap plan whose actions are within the budget.
+
+    Args:
+        groups: With their local errors.
+        weights: What `section_weights` gave.
+        judge: Measures a plan.
+        report: Called with a line of progress at a time.
+        max_evaluations: Plans to measure at most.
+
+    Raises:
+        QuantizationError: No plan with an INT8 layer was found within the budget.
+    """
+    correction = 1.0
+    best: tuple[float, Mapping[str, LayerScheme | None], float] | None = None
+    tried: dict[tuple[LayerScheme | None, ...], float] = {}
+    shares: list[float] = []
+    for number in range(max_evaluations):
+        choice = _cheapest(groups, weights, _AIM**2 / correction)
+        key = tuple(choice.values())
+        if all(scheme is None for scheme in key) or key in tried:
+            break
+        predicted = _predicted(groups, weights, choice)
+        share = tried[key] = judge(_plans(groups, choice))
+        shares.append(share)
+        int8 = sum(g.parameters for g in groups if choice[g.name] is not None)
+        total = sum(g.parameters for g in groups)
+        report(
+            f"plan {number + 1}: {100 * int8 / total:.1f} % of the weights in INT8, error at "
+            f"{100 * share:.0f} % of the budget"
+        )
+        if share <= 1.0:
+            spent = sum(cost(choice[g.name]) * g.parameters for g in groups)
+            if best is None or spent < best[0]:
+                best = (spent, choice, share)
+            if share >= _GOOD_SHARE or all(scheme is not None for scheme in key):
+                break
+        # The model was off by this much; an error that is not finite must still move on.
+        ratio = share**2 / predicted if predicted > 0.0 else math.inf
+        correction = min(max(ratio, correction / 16.0), correction * 16.0)
+    if best is None:
+        reached = f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
+        raise QuantizationError(
+            "no plan with an INT8 layer stays within the budget: "
+            + (reached if shares else "even the smallest group of layers exceeds it")
+            + ". Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
+            "sensitive layers out with --layers '!PATTERN'."
+        )
+    return Found(_plans(groups, best[1]), best[2], len(shares))
+
+
+def section_weights(
+    groups: Sequence[Group], judge: Judge, report: Callable[[str], None]
+) -> dict[str, float]:
+    """Measure how much each section's local errors weigh in the actions.
+
+    Args:
+        groups: With their local errors.
+        judge: Measures a plan.
+        report: Called with a line of progress at a time.
+
+    Returns:
+        Section to the factor from its sum of squared local errors to the square of `judge`.
+    """
+    sections: dict[str, list[Group]] = {}
+    for group in groups:
+        sections.setdefault(section(group), []).append(group)
+    weights = {}
+    for name, members in sections.items():
+        choice: dict[str, LayerScheme | None] = {group.name: group.best for group in members}
+        share = judge(_plans(members, choice))
+        local = sum(group.errors[group.best] ** 2 for group in members)
+        weights[name] = share**2 / local if local > 0.0 else 0.0
+        report(f"{name}: alone at its best it takes {100 * share:.0f} % of the budget")
+    return weights
+
+
+def _cheapest(
+    groups: Sequence[Group], weights: Mapping[str, float], limit: float
+) -> dict[str, LayerScheme | None]:
+    """Return the cheapest choice whose predicted squared error does not exceed a limit."""
+    low, high = 0.0, 1.0
+    if _predicted(groups, weights, _choose(groups, weights, 0.0)) <= limit:
+        return _choose(groups, weights, 0.0)
+    while _predicted(groups, weights, _choose(groups, weights, high)) > limit:
+        low, high = high, high * 8.0
+    # The multiplier's own precision: far more steps than there are plans to tell apart.
+    for _ in range(100):
+        middle = (low + high) / 2.0
+        if _predicted(groups, weights, _choose(groups, weights, middle)) > limit:
+            low = middle
+        else:
+            high = middle
+    return _choose(groups, weights, high)
+
+
+def _choose(
+    groups: Sequence[Group], weights: Mapping[str, float], multiplier: float
+) -> dict[str, LayerScheme | None]:
+    """Minimise cost + multiplier * error**2, group by group."""
+    total = sum(group.parameters for group in groups)
+
+    def price(group: Group, scheme: LayerScheme | None) -> tuple[float, float]:
+        spent = cost(scheme) * group.parameters / total
+        loss = 0.0 if scheme is None else weights[section(group)] * group.errors[scheme] ** 2
+        # Of two equal prices the smaller error.
+        return spent + multiplier * loss, loss
+
+    return {
+        group.name: min((*group.errors, None), key=lambda scheme: price(group, scheme))
+        for group in groups
+    }
+
+
+def _predicted(
+    groups: Sequence[Group],
+    weights: Mapping[str, float],
+    choice: Mapping[str, LayerScheme | None],
+) -> float:
+    loss = 0.0
+    for group in groups:
+        scheme = choice[group.name]
+        if scheme is not None:
+            loss += weights[section(group)] * group.errors[scheme] ** 2
+    return loss
+
+
+def _plans(groups: Sequence[Group], choice: Mapping[str, LayerScheme | None]) -> GraphPlans:
+    plans: GraphPlans = {}
+    for group in groups:
+        scheme = choice[group.name]
+        plan = plans.setdefault(group.graph, {})
+        if scheme is not None:
+            plan.update((layer.name, scheme) for layer in group.layers)
+    return plans
