@@ -5,8 +5,9 @@ they can be compared: the same layers (products with a constant weight), symmetr
 sides, one scale an output channel for weights, outputs and residuals left in float, the same
 samples. Must not import our own quantiser.
 
-Both are asked to write to a folder of their own and are given a copy of the graph there:
-ModelOpt writes into the file that it is given.
+Two precautions, both learnt from wrong results: each tool works on a copy of the graph, because
+ModelOpt writes into the file that it is given; and ModelOpt runs in a process of its own, because
+it replaces parts of ONNX Runtime's quantisation, which then fails for the rest of the process.
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ import contextlib
 import importlib.util
 import io
 import logging
+import multiprocessing
 import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -132,18 +135,26 @@ def quantize_with_modelopt(
             f"ModelOpt cannot run: {', '.join(missing)} missing. Install the extra: "
             "pip install 'groot_int8_ros[compare]'"
         )
-    from modelopt.onnx import quantization
-
     large = _size(graph) > _LARGEST_IN_ONE_FILE_BYTES
-    with _copied(graph) as copy, _quiet():
+    context = multiprocessing.get_context("spawn")
+    with _copied(graph) as copy, ProcessPoolExecutor(1, mp_context=context) as process:
+        process.submit(_run_modelopt, copy, target, feeds, list(layers), method, large).result()
+
+
+def _run_modelopt(
+    graph: Path, target: Path, feeds: Feeds, layers: list[str], method: str, large: bool
+) -> None:
+    with _quiet():
+        from modelopt.onnx import quantization
+
         quantization.quantize(
-            str(copy),
+            str(graph),
             quantize_mode="int8",
             calibration_data_reader=_Reader(feeds),
             calibration_method=method,
             calibration_eps=["cpu"],
             op_types_to_quantize=["MatMul", "Gemm"],
-            nodes_to_quantize=list(layers),
+            nodes_to_quantize=layers,
             # Without it the products inside attention are quantised as well.
             disable_mha_qdq=True,
             high_precision_dtype="fp32",

@@ -35,6 +35,7 @@ from offline_tools.compare_quantization.samples import (
     recorded_observations,
 )
 from offline_tools.compare_quantization.schemes import MODELOPT_SCHEMES, SCHEMES
+from offline_tools.quantize.int8_bundle import DEFAULT_BUDGET
 
 PLAIN = "plain"
 _VARIANTS = ("plain", "channels", "massive-prefix", "massive-live")
@@ -215,21 +216,30 @@ def _compare(
     args: argparse.Namespace, model: Model, source: _Source | None, schemes: list[str], work: Path
 ) -> list[Row]:
     rows = []
-    yardstick = None
+    yardstick: float | None = None
+    budget = DEFAULT_BUDGET
     if source is not None:
         from offline_tools.compare_quantization.bfloat16 import bfloat16_actions
 
-        actions = bfloat16_actions(
-            source.checkpoint,
-            args.eagle_config,
-            model.evaluation,
-            embodiment_id=model.bundle.processor.embodiment_id,
-            denoising_steps=model.bundle.manifest.denoising_steps,
+        calibrated, judged = (
+            bfloat16_actions(
+                source.checkpoint,
+                args.eagle_config,
+                answers,
+                embodiment_id=model.bundle.processor.embodiment_id,
+                denoising_steps=model.bundle.manifest.denoising_steps,
+            )
+            for answers in (model.calibration, model.evaluation)
         )
-        rows.append(float_row(model, BFLOAT16, actions))
+        # What `auto` aims at may not be known from the samples that judge it.
+        budget = model.errors(calibrated, model.calibration).relative_l2
+        rows.append(float_row(model, BFLOAT16, judged))
         yardstick = rows[0].errors.relative_l2
         half = bundle_actions(
-            source.fp16_bundle, model.observations, seed=args.seed, threads=args.threads
+            source.fp16_bundle,
+            model.evaluation.observations,
+            seed=args.seed,
+            threads=args.threads,
         )
         rows.append(float_row(model, FLOAT16, half))
         for row in rows:
@@ -238,4 +248,6 @@ def _compare(
     def report(row: Row) -> None:
         print(table.line(row, yardstick), flush=True)
 
-    return rows + compare_schemes(model, schemes, work, report, threads=args.threads)
+    return rows + compare_schemes(
+        model, schemes, work, report, budget=budget, threads=args.threads
+    )

@@ -22,6 +22,7 @@ from offline_tools.compare_quantization.schemes import SCHEMES, Calibrated
 from offline_tools.engine.verdicts import Precision
 from offline_tools.evaluate.action_metrics import ActionErrors, action_errors
 from offline_tools.quantize.graph_audit import audit_graph
+from offline_tools.quantize.layers import Layer
 from offline_tools.verify.comparison import Comparison
 
 FLOAT16 = "fp16"
@@ -35,8 +36,9 @@ class Row:
     Attributes:
         model: Name of the model.
         scheme: Name of the scheme; `fp16` and `bf16` are no quantisation.
-        int8_layers: Layers that are INT8, of `layers`.
+        int8_layers: Layers that are INT8, of `layers`, as an audit of the graphs finds them.
         layers: Layers that could be.
+        int8_share: Share of these layers' weights that is INT8.
         errors: Of the actions, against the float policy's.
         by_layer: Layer to the error of its output, inside the quantised graph; empty for `fp16`
             and `bf16`.
@@ -47,6 +49,7 @@ class Row:
     scheme: str
     int8_layers: int
     layers: int
+    int8_share: float
     errors: ActionErrors
     by_layer: Mapping[str, Comparison]
     seconds: float
@@ -58,6 +61,7 @@ class Row:
             "scheme": self.scheme,
             "int8_layers": self.int8_layers,
             "layers": self.layers,
+            "int8_share": round(self.int8_share, 4),
             "seconds": round(self.seconds, 2),
             "errors": self.errors.to_dict(),
             "layer_errors": {
@@ -77,7 +81,6 @@ class Model:
         bundle: The float bundle.
         calibration: What schemes may look at.
         evaluation: What they are judged by: other observations.
-        observations: Those of `evaluation`.
         seed: Of noise and of what schemes draw.
     """
 
@@ -85,17 +88,19 @@ class Model:
     bundle: Bundle
     calibration: Answers
     evaluation: Answers
-    observations: tuple[Observation, ...]
     seed: int
 
-    def errors(self, found: Sequence[Float32Array]) -> ActionErrors:
-        """Judge answers to the evaluation's observations."""
+    def errors(
+        self, found: Sequence[Float32Array], answers: Answers | None = None
+    ) -> ActionErrors:
+        """Judge other answers to the observations of `evaluation`, or of `answers`."""
+        wanted = self.evaluation if answers is None else answers
         return action_errors(
             self.bundle.processor,
             self.bundle.manifest.robot,
-            self.evaluation.action_pred,
+            wanted.action_pred,
             found,
-            [observation.state for observation in self.observations],
+            [observation.state for observation in wanted.observations],
         )
 
 
@@ -112,7 +117,7 @@ def prepare_model(
     policy = _policy(bundle, {}, threads)
     calibrated, judged = answer(policy, calibration, seed), answer(policy, evaluation, seed)
     policy.close()
-    return Model(name, bundle, calibrated, judged, tuple(evaluation), seed)
+    return Model(name, bundle, calibrated, judged, seed)
 
 
 def compare_schemes(
@@ -121,6 +126,7 @@ def compare_schemes(
     folder: Path,
     report: Callable[[Row], None],
     *,
+    budget: float,
     threads: int | None,
 ) -> list[Row]:
     """Quantise a model with each scheme and judge the actions.
@@ -130,12 +136,13 @@ def compare_schemes(
         schemes: Keys of `SCHEMES`.
         folder: For the quantised graphs; one scheme's at a time.
         report: Called with each row when it is there.
+        budget: Relative L2 of the actions that `auto` may cost.
         threads: CPU threads of ONNX Runtime inside an operator.
 
     Returns:
         One row a scheme.
     """
-    calibrated = Calibrated.from_answers(model.bundle, model.calibration, model.seed)
+    calibrated = Calibrated(model.bundle, model.calibration, budget, model.seed)
     rows = []
     for name in schemes:
         target = folder / name
@@ -144,24 +151,30 @@ def compare_schemes(
         graphs = SCHEMES[name](calibrated, target)
         seconds = time.perf_counter() - start
         policy = _policy(model.bundle, graphs, threads)
-        found = answer(policy, model.observations, model.seed)
+        found = answer(policy, model.evaluation.observations, model.seed)
         policy.close()
         by_layer: dict[str, Comparison] = {}
-        int8_layers = 0
+        int8: list[Layer] = []
         for graph, path in graphs.items():
             source = calibrated.graphs[graph]
             by_layer |= layer_errors(
                 source.path, path, source.outputs, model.evaluation.feeds[graph]
             )
-            int8_layers += sum(
-                verdict.verdict is Precision.INT8 for verdict in audit_graph(path, None)
-            )
+            found_int8 = {
+                verdict.layer
+                for verdict in audit_graph(path, None)
+                if verdict.verdict is Precision.INT8
+            }
+            int8 += [layer for layer in source.layers if layer.name in found_int8]
+        everything = [layer for graph in calibrated.graphs.values() for layer in graph.layers]
         rows.append(
             Row(
                 model=model.name,
                 scheme=name,
-                int8_layers=int8_layers,
-                layers=sum(len(graph.layers) for graph in calibrated.graphs.values()),
+                int8_layers=len(int8),
+                layers=len(everything),
+                int8_share=sum(one.parameters for one in int8)
+                / sum(one.parameters for one in everything),
                 errors=model.errors(found.action_pred),
                 by_layer=by_layer,
                 seconds=seconds,
@@ -174,7 +187,7 @@ def compare_schemes(
 
 def float_row(model: Model, name: str, found: Sequence[Float32Array]) -> Row:
     """Judge answers of another floating type."""
-    return Row(model.name, name, 0, 0, model.errors(found), {}, 0.0)
+    return Row(model.name, name, 0, 0, 0.0, model.errors(found), {}, 0.0)
 
 
 def bundle_actions(

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from groot_int8_ros.capture.sample import BackboneInputs, CaptureSample, DitInputs
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.policy import Policy, draw_noise
@@ -36,12 +37,14 @@ class Answers:
     """What a policy computed for observations.
 
     Attributes:
-        inputs: The preprocessed observations.
+        observations: What was answered.
+        inputs: The same, preprocessed.
         noise: Start of the flow, one for each observation.
         action_pred: Normalised actions, float32 (horizon, max_action_dim), one for each.
         feeds: Graph to the inputs of each of its runs, in order; batch 1.
     """
 
+    observations: tuple[Observation, ...]
     inputs: tuple[ModelInputs, ...]
     noise: tuple[Float32Array, ...]
     action_pred: tuple[Float32Array, ...]
@@ -72,7 +75,40 @@ def answer(policy: Policy, observations: Sequence[Observation], seed: int) -> An
             inputs.append(one)
             noises.append(noise)
             predictions.append(policy.denoise(policy.backbone_features(one), one.state, noise))
-    return Answers(tuple(inputs), tuple(noises), tuple(predictions), feeds)
+    return Answers(tuple(observations), tuple(inputs), tuple(noises), tuple(predictions), feeds)
+
+
+def capture_samples(answers: Answers, seed: int) -> Iterator[CaptureSample]:
+    """Give answers the form in which a calibration stores them.
+
+    Args:
+        answers: What a policy computed.
+        seed: That its noise was drawn with.
+    """
+    steps = len(answers.feeds["dit"]) // len(answers.observations)
+    for index, (observation, inputs) in enumerate(
+        zip(answers.observations, answers.inputs, strict=True)
+    ):
+        runs = answers.feeds["dit"][index * steps : (index + 1) * steps]
+        yield CaptureSample(
+            instruction=observation.instruction,
+            stamp_ns=observation.stamp_ns,
+            source=f"observation {index}",
+            state=observation.state,
+            noise=answers.noise[index],
+            seed=seed,
+            backbone=BackboneInputs(
+                inputs.input_ids[0], inputs.attention_mask[0], inputs.pixel_values
+            ),
+            dit=DitInputs(
+                vl_embs=runs[0]["vl_embs"][0],
+                image_mask=runs[0]["image_mask"][0],
+                backbone_attention_mask=runs[0]["backbone_attention_mask"][0],
+                sa_embs=np.concatenate([run["sa_embs"] for run in runs]),
+                timestep=np.concatenate([run["timestep"] for run in runs]),
+            ),
+            normalised_state=inputs.state[0],
+        )
 
 
 def generated_observations(bundle: Bundle, count: int, seed: int) -> list[Observation]:

@@ -12,10 +12,17 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
+from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.compare_quantization import baselines
-from offline_tools.compare_quantization.samples import QUANTIZED_GRAPHS, Answers, Feeds
+from offline_tools.compare_quantization.samples import (
+    QUANTIZED_GRAPHS,
+    Answers,
+    Feeds,
+    capture_samples,
+)
+from offline_tools.quantize.int8_bundle import AUTO, QuantizeOptions, quantize_bundle
 from offline_tools.quantize.layers import Layer, find_layers, load_graph
 from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.statistics import GraphStatistics, collect
@@ -67,21 +74,22 @@ class Calibrated:
     Attributes:
         bundle: The float bundle.
         answers: The float policy's answers to the calibration observations.
-        graphs: The graphs to quantise, by name.
+        budget: Relative L2 of the actions that `auto` may cost.
+        seed: Of noise and of what a scheme draws.
     """
 
     bundle: Bundle
     answers: Answers
-    graphs: Mapping[str, FloatGraph]
+    budget: float
+    seed: int
 
-    @classmethod
-    def from_answers(cls, bundle: Bundle, answers: Answers, seed: int) -> Calibrated:
-        """Pair a bundle's graphs with the samples that were captured from them."""
-        graphs = {
-            name: FloatGraph(bundle.graph_path(name), answers.feeds[name], seed)
+    @cached_property
+    def graphs(self) -> Mapping[str, FloatGraph]:
+        """The graphs to quantise, by name."""
+        return {
+            name: FloatGraph(self.bundle.graph_path(name), self.answers.feeds[name], self.seed)
             for name in QUANTIZED_GRAPHS
         }
-        return cls(bundle, answers, graphs)
 
 
 # Writes the quantised graphs into a folder and returns their paths by the graph's name.
@@ -117,6 +125,41 @@ def _baseline(
     return targets
 
 
+def _auto(calibrated: Calibrated, folder: Path) -> dict[str, Path]:
+    """Take the user's road: a capture store, then `groot-int8 quantize --scheme auto`."""
+    bundle, store, output = calibrated.bundle, folder / "store", folder / "bundle"
+    meta = CaptureMeta.of_bundle(
+        bundle.manifest, "compare-quantization", seed=calibrated.seed, engine="onnxruntime"
+    )
+    with CaptureWriter(store, meta) as writer:
+        for sample in capture_samples(calibrated.answers, calibrated.seed):
+            writer.add(sample)
+    names = [
+        layer.name
+        for name in QUANTIZED_GRAPHS
+        for layer in find_layers(load_graph(bundle.graph_path(name)))
+    ]
+    left_out = [p for p in _CONSTANT_LAYERS if fnmatch.filter(names, p)]
+    result = quantize_bundle(
+        QuantizeOptions(
+            bundle=bundle.folder,
+            calibration=store,
+            output=output,
+            scheme=AUTO,
+            layers=tuple(f"!{pattern}" for pattern in left_out),
+            budget=calibrated.budget,
+            seed=calibrated.seed,
+            threads=1,
+        ),
+        lambda _line: None,
+    )
+    return {
+        name: output / record.file
+        for name, record in result.manifest.graphs.items()
+        if record.quantization is not None
+    }
+
+
 _ALPHA = 0.5  # SmoothQuant's own default
 
 OWN_SCHEMES: dict[str, Scheme] = {
@@ -126,6 +169,7 @@ OWN_SCHEMES: dict[str, Scheme] = {
     "smoothquant": partial(_own, LayerScheme("static", "max", _ALPHA)),
     "row": partial(_own, LayerScheme("row")),
     "row+migration": partial(_own, LayerScheme("row", None, _ALPHA)),
+    "auto": _auto,
 }
 
 ORT_SCHEMES: dict[str, Scheme] = {

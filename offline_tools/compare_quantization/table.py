@@ -21,7 +21,7 @@ from matplotlib import pyplot
 
 def header(units: Sequence[str]) -> str:
     """Return the table's head for joints of these units."""
-    columns = ["model", "scheme", "INT8", "cosine", "rel. L2", "worst", "x bf16"]
+    columns = ["model", "scheme", "INT8 layers", "weights", "cosine", "rel. L2", "worst", "x bf16"]
     for unit in units:
         columns += [f"p99 {unit}", f"max {unit}", f"jerk {unit}"]
     columns += ["worst layer (rel. L2)"]
@@ -41,6 +41,7 @@ def line(row: Row, yardstick: float | None) -> str:
         row.model,
         row.scheme,
         f"{row.int8_layers}/{row.layers}" if row.layers else "-",
+        f"{100 * row.int8_share:.0f} %" if row.layers else "-",
         f"{errors.cosine:.5f}",
         _percent(errors.relative_l2),
         _percent(errors.worst_relative_l2),
