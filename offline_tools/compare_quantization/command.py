@@ -15,8 +15,9 @@ from pathlib import Path
 
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.bundle import TOKENIZER_FILE, Bundle, open_bundle
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
+from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.types import Observation
 from offline_tools.compare_quantization import table
 from offline_tools.compare_quantization.baselines import missing_modelopt_modules
@@ -35,10 +36,13 @@ from offline_tools.compare_quantization.samples import (
     recorded_observations,
 )
 from offline_tools.compare_quantization.schemes import MODELOPT_SCHEMES, SCHEMES
+from offline_tools.compare_quantization.variants import (
+    PLAIN,
+    VARIANTS,
+    plan_variant,
+    prompt_tokens,
+)
 from offline_tools.quantize.int8_bundle import DEFAULT_BUDGET
-
-PLAIN = "plain"
-_VARIANTS = ("plain", "channels", "massive-prefix", "massive-live")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,10 +63,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        choices=_VARIANTS,
-        default=list(_VARIANTS),
-        help="of the checkpoint: as it is, with function-preserving channel outliers, with a "
-        "massive activation on a prefix or on a live token (default: all)",
+        choices=list(VARIANTS),
+        default=list(VARIANTS),
+        help="default: all. "
+        + "; ".join(f"{name}: {meaning}" for name, meaning in VARIANTS.items()),
     )
     parser.add_argument(
         "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="default: all"
@@ -123,7 +127,7 @@ class _Source:
 def _check(args: argparse.Namespace) -> None:
     if min(args.calibration_samples, args.evaluation_samples) < 1:
         raise ConfigurationError("--calibration-samples and --evaluation-samples: at least 1")
-    if args.bundle and args.variants != list(_VARIANTS) and args.variants != [PLAIN]:
+    if args.bundle and args.variants != list(VARIANTS) and args.variants != [PLAIN]:
         raise ConfigurationError(
             "--variants edit a checkpoint's weights: give --checkpoint instead of --bundle"
         )
@@ -155,9 +159,9 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         yield _prepare(args, args.bundle.name, bundle), None
         return
     # A bundle without a checkpoint can be compared where torch is missing.
-    from offline_tools.compare_quantization.models import plan_variant, prompt_tokens
     from offline_tools.compare_quantization.outliers import write_edited
     from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+    from offline_tools.export.robot_description import describe_robot
     from offline_tools.model.configuration import find_eagle_config, load_model_config
 
     eagle = find_eagle_config(args.checkpoint, args.eagle_config)
@@ -174,13 +178,15 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         denoising_steps=args.denoising_steps,
         force=True,
     )
-    tokens = None
+    processor = load_processor(args.checkpoint, args.embodiment)
+    cameras = describe_robot(processor, args.robot, args.dataset).cameras
+    tokenizer = options.tokenizer or args.checkpoint
+    if tokenizer.is_dir():
+        tokenizer = tokenizer / TOKENIZER_FILE
+    tokens = prompt_tokens(processor, tokenizer, cameras)
     for variant in args.variants:
         checkpoint = args.checkpoint
         if variant != PLAIN:
-            if tokens is None:
-                write_bundle(options, _silent)
-                tokens = prompt_tokens(open_bundle(options.bundle))
             checkpoint = work / "checkpoint"
             edits = plan_variant(variant, config, tokens, args.seed)
             write_edited(args.checkpoint, checkpoint, edits)
@@ -189,8 +195,6 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         half = replace(chosen, bundle=work / "fp16", precision="fp16")
         write_bundle(half, _silent)
         bundle = open_bundle(chosen.bundle)
-        if tokens is None:
-            tokens = prompt_tokens(bundle)
         yield _prepare(args, variant, bundle), _Source(checkpoint, open_bundle(half.bundle))
 
 

@@ -1,22 +1,24 @@
 """The models that schemes are compared on: a checkpoint and its variants with outliers.
 
-Owns: names and preparation of the variants. The checkpoint may be a trained policy, a generated
-one or the recorded one; what a variant adds is the same for all.
+Owns: names and weight edits of the variants. Must not import torch at import time: the names are
+asked for where a bundle is compared without its checkpoint. The checkpoint may be a trained
+policy, a generated one or the recorded one; what a variant adds is the same for all.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from groot_int8_ros.errors import CheckpointError
-from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
-from offline_tools.compare_quantization.outliers import (
-    Edits,
-    channel_outliers,
-    massive_token,
-)
+from groot_int8_ros.policy.processor import Processor
+from groot_int8_ros.policy.types import CameraSpec
 from offline_tools.model.configuration import ModelConfig
+
+if TYPE_CHECKING:
+    from offline_tools.compare_quantization.outliers import Edits
 
 PLAIN = "plain"
 CHANNELS = "channels"
@@ -46,25 +48,30 @@ class PromptTokens:
     live: int
 
 
-def prompt_tokens(bundle: Bundle) -> PromptTokens:
-    """Find the tokens in the prompt that a bundle's tokenizer makes.
+def prompt_tokens(
+    processor: Processor, tokenizer_file: Path, cameras: tuple[CameraSpec, ...]
+) -> PromptTokens:
+    """Find the tokens in the prompt that a tokenizer makes.
+
+    Args:
+        processor: The embodiment's conventions.
+        tokenizer_file: `tokenizer.json`.
+        cameras: The robot's.
 
     Raises:
         CheckpointError: The tokenizer makes a prompt in which no token stands alone.
     """
-    tokenizer = PromptTokenizer.from_file(bundle.tokenizer_path)
-    preprocess = Preprocessor(bundle.processor, tokenizer, bundle.manifest.robot.cameras)
+    tokenizer = PromptTokenizer.from_file(tokenizer_file)
+    preprocess = Preprocessor(processor, tokenizer, cameras)
     encoded, _ = tokenizer.encode(
-        _ANY_INSTRUCTION,
-        preprocess.tokens_per_image,
-        formalize=bundle.processor.formalize_language,
+        _ANY_INSTRUCTION, preprocess.tokens_per_image, formalize=processor.formalize_language
     )
     ids = encoded[0].tolist()
     first_image = ids.index(tokenizer.image_token_id)
     single = [token for token in ids[: first_image - 1] if ids.count(token) == 1]
     if not single:
         raise CheckpointError(
-            f"{bundle.tokenizer_path} makes a prompt in which every token is repeated; pass the "
+            f"{tokenizer_file} makes a prompt in which every token is repeated; pass the "
             "tokenizer of the training code"
         )
     return PromptTokens(prefix=single[0], live=ids[first_image - 1])
@@ -72,6 +79,8 @@ def prompt_tokens(bundle: Bundle) -> PromptTokens:
 
 def plan_variant(variant: str, config: ModelConfig, tokens: PromptTokens, seed: int) -> Edits:
     """Return the weight edits of a variant; none for the checkpoint as it is."""
+    from offline_tools.compare_quantization.outliers import channel_outliers, massive_token
+
     if variant == CHANNELS:
         return channel_outliers(config, seed=seed)
     if variant == MASSIVE_PREFIX:
