@@ -2,7 +2,7 @@
 
 Owns: the order of the steps and what is refused before they start. Must not import torch. Whatever
 is large is written inside the new bundle's temporary folder, candidates of the search included, so
-that a kill or a full disk leaves nothing behind; files that do not change are linked, not copied.
+that a kill or a full disk leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -188,9 +188,9 @@ class _Job:
         if share is not None and share > 1.0 and not self._options.accept:
             raise QuantizationError(
                 f"the scheme {self._options.scheme} gives {_describe(errors)} on held-out "
-                f"samples, which is {share:.2f} times the limit; nothing was written. Use --scheme "
-                "auto, raise the limit, keep sensitive layers float with --layers '!PATTERN', or "
-                "add --accept."
+                f"samples, which is {share:.2f} times the limit; nothing was written. Use the "
+                "scheme auto, raise the limit, keep sensitive layers float with --layers "
+                "'!PATTERN', or add --accept."
             )
         manifest = self._write(plans, judges.paths, errors)
         self._write_report(groups, errors, share)
@@ -246,27 +246,30 @@ class _Job:
         )
         candidates = self._candidates("search", samples)
         weights: Mapping[str, float] | None = None
+        plans: GraphPlans = {}
         strictness = 1.0
-        for attempt in range(_SEARCHES):
+        for _ in range(_SEARCHES):
 
-            def judge(plans: GraphPlans, strictness: float = strictness) -> float:
-                share = _share(candidates.errors(plans), self._options)
+            def judge(tried: GraphPlans, strictness: float = strictness) -> float:
+                share = _share(candidates.errors(tried), self._options)
                 assert share is not None
                 return share * strictness
 
             if weights is None:
                 weights = section_weights(groups, judge, self._report)
-            found = search(groups, weights, judge, self._report, self._options.max_evaluations)
-            share = _share(judges.errors(found.plans), self._options)
+            plans = search(
+                groups, weights, judge, self._report, self._options.max_evaluations
+            ).plans
+            share = _share(judges.errors(plans), self._options)
             assert share is not None
             self._report(f"held-out samples: {100 * share:.0f} % of the limit")
-            if share <= 1.0 or attempt == _SEARCHES - 1:
+            if share <= 1.0:
                 break
             # What was within the limit on the samples of the search is not on others: search for
             # a smaller error, by as much as they differ.
             strictness *= share / _HELD_OUT_AIM
         candidates.clear()
-        return found.plans
+        return plans
 
     def _held_out(self) -> list[CaptureSample]:
         return self._calibration.samples(
@@ -313,7 +316,10 @@ class _Job:
         files: dict[str, tuple[str, int]] = {}
         for name, entry in source.files.items():
             if name not in stale:
-                _link(self._bundle.folder / name, self._folder / name)
+                # Not a link: ONNX refuses external data with a second name as a possible attack.
+                target = self._folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(self._bundle.folder / name, target)
                 files[name] = entry
         self._report("hashing")
         for name, path in replaced.items():
@@ -498,15 +504,6 @@ def _source_hash(manifest: Manifest, graph: str) -> str:
     for name in _files_of(manifest, graph):
         digest.update(f"{name} {manifest.files[name][0]}\n".encode())
     return digest.hexdigest()
-
-
-def _link(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        # Another file system, or one without links.
-        shutil.copyfile(source, target)
 
 
 def _share(errors: ActionErrors, options: QuantizeOptions) -> float | None:

@@ -36,9 +36,10 @@ GraphPlans = dict[str, dict[str, LayerScheme]]
 Judge = Callable[[GraphPlans], float]
 
 # What a layer's weight costs at run time, relative to a static INT8 layer: a half-precision weight
-# has twice the bytes; finding each row's maximum and migrating are small kernels that
-# are fused with others. Only the order of the INT8 schemes matters, and it is by construction.
-_STATIC, _MIGRATION, _ROW, _FLOAT = 1.0, 0.005, 0.02, 2.0
+# has twice the bytes; finding each row's maximum and migrating are small kernels that are fused
+# with others, a rotation is a small product of its own. Among INT8 schemes little but the order
+# matters, and that is by construction.
+_STATIC, _MIGRATION, _ROW, _ROTATION, _FLOAT = 1.0, 0.005, 0.02, 0.05, 2.0
 
 # A plan that uses this share of the budget is good enough to stop at.
 _GOOD_SHARE = 0.85
@@ -65,8 +66,9 @@ def cost(scheme: LayerScheme | None) -> float:
     """Return the run-time cost of a parameter under a scheme; None is float."""
     if scheme is None:
         return _FLOAT
-    row = _ROW if scheme.activation == "row" else 0.0
-    return _STATIC + row + (0.0 if scheme.migration_alpha is None else _MIGRATION)
+    spent = _STATIC + (_ROW if scheme.activation == "row" else 0.0)
+    spent += 0.0 if scheme.migration_alpha is None else _MIGRATION
+    return spent + (0.0 if scheme.rotation is None else _ROTATION)
 
 
 def section(group: Group) -> str:
@@ -122,12 +124,15 @@ def search(
         ratio = share**2 / predicted if predicted > 0.0 else math.inf
         correction = min(max(ratio, correction / 16.0), correction * 16.0)
     if best is None:
-        reached = f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
+        reached = (
+            f"the best of {len(shares)} plans reached {min(shares):.2f} times the budget"
+            if shares
+            else "even the smallest group of layers exceeds it"
+        )
         raise QuantizationError(
-            "no plan with an INT8 layer stays within the budget: "
-            + (reached if shares else "even the smallest group of layers exceeds it")
-            + ". Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
-            "sensitive layers out with --layers '!PATTERN'."
+            f"no plan with an INT8 layer stays within the budget: {reached}. Raise "
+            "--budget or --max-joint-error, calibrate on more samples, or take the most sensitive "
+            "layers out with --layers '!PATTERN'."
         )
     return Found(_plans(groups, best[1]), best[2], len(shares))
 

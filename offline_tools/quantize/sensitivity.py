@@ -26,14 +26,29 @@ from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
 
 MIGRATION_ALPHAS = (0.25, 0.5, 0.75)
 
+# Migration's strength, whether it starts from shares of rows, and the rotation.
+_Change = tuple[float | None, bool, int | None]
 
-def candidate_schemes(alphas: Iterable[float] = MIGRATION_ALPHAS) -> tuple[LayerScheme, ...]:
-    """Return every scheme that the search may choose."""
+
+def candidate_schemes(
+    channels: int, alphas: Iterable[float] = MIGRATION_ALPHAS
+) -> tuple[LayerScheme, ...]:
+    """Return every scheme that the search may choose for a layer.
+
+    Args:
+        channels: Input channels of the layer.
+        alphas: Strengths of migration.
+    """
+    alphas = tuple(alphas)
+    rotations = {None, arithmetic.rotation_block(channels)}
     return (
         *(LayerScheme("static", method) for method in RANGE_METHODS),
         *(LayerScheme("static", "max", alpha) for alpha in alphas),
-        LayerScheme("row"),
-        *(LayerScheme("row", None, alpha) for alpha in alphas),
+        *(
+            LayerScheme("row", None, alpha, rotation)
+            for rotation in rotations
+            for alpha in (None, *alphas)
+        ),
     )
 
 
@@ -86,7 +101,6 @@ def measure(
         percentile: Of the range method of that name.
     """
     model = load_graph(path)
-    wanted = candidate_schemes() if schemes is None else tuple(schemes)
     return [
         Group(
             graph,
@@ -95,7 +109,7 @@ def measure(
                 lambda layer: read_weight(model.graph, layer),
                 members,
                 statistics.inputs[activation],
-                wanted,
+                candidate_schemes(members[0].in_channels) if schemes is None else schemes,
                 percentile,
             ),
         )
@@ -113,14 +127,24 @@ def _errors(
     weight_max = np.zeros_like(seen.channel_max)
     for layer in layers:
         np.maximum(weight_max, np.abs(weight_of(layer)).max(axis=1), out=weight_max)
-    factors: dict[float | None, Float32Array | None] = {None: None}
+    # Schemes that change the weight alike share its quantised form.
+    alike: dict[_Change, list[LayerScheme]] = {}
     for scheme in schemes:
-        alpha = scheme.migration_alpha
-        if alpha is not None and alpha not in factors:
-            factors[alpha] = arithmetic.migration_factors(seen.channel_max, weight_max, alpha)
+        per_row = scheme.activation == "row" and scheme.migration_alpha is not None
+        change = (scheme.migration_alpha, per_row, scheme.rotation)
+        alike.setdefault(change, []).append(scheme)
+    factors: dict[_Change, Float32Array | None] = {}
+    for change, members in alike.items():
+        alpha = change[0]
+        factors[change] = (
+            None
+            if alpha is None
+            else arithmetic.migration_factors(seen.migration_sizes(members[0]), weight_max, alpha)
+        )
     inputs = {
-        scheme: _quantised_rows(scheme, seen, factors[scheme.migration_alpha], percentile)
-        for scheme in schemes
+        scheme: _quantised_rows(scheme, seen, factors[change], percentile)
+        for change, members in alike.items()
+        for scheme in members
     }
     rows = len(seen.rows)
     size: Float64Array = np.zeros(rows)
@@ -129,13 +153,10 @@ def _errors(
         weight = weight_of(layer)
         exact = seen.rows @ weight
         size += _squares(exact)
-        for alpha, factor in factors.items():
-            used = [scheme for scheme in schemes if scheme.migration_alpha == alpha]
-            if not used:
-                continue
-            migrated = weight if factor is None else weight * factor[:, None]
-            restored = arithmetic.dequantised_weight(migrated)
-            for scheme in used:
+        for change, members in alike.items():
+            changed = arithmetic.transformed_weight(weight, factors[change], change[2])
+            restored = arithmetic.dequantised_weight(changed)
+            for scheme in members:
                 gaps[scheme] += _squares(inputs[scheme] @ restored - exact)
     live = size > 0.0
     if not live.any():
@@ -153,6 +174,8 @@ def _quantised_rows(
     percentile: float,
 ) -> Float32Array:
     rows = seen.rows if factors is None else seen.rows / factors
+    if scheme.rotation is not None:
+        rows = arithmetic.rotated(rows, scheme.rotation)
     if scheme.activation == "row":
         return arithmetic.row_input(rows)
     if factors is None:

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from groot_int8_ros.policy.engines import Tensors
+from groot_int8_ros.policy.types import Observation
+
 onnx = pytest.importorskip("onnx", reason="quantisation needs the extra 'offline'")
 
 Feed = Mapping[str, NDArray[Any]]
@@ -71,3 +74,84 @@ def two_products(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def capture_into() -> Callable[[Path, Path, int, Path], Path]:
+    """Captures a float bundle's inputs on a dataset into a store, through the real policy."""
+    pytest.importorskip("torch", reason="the tiny bundles are exported with torch")
+    from groot_int8_ros.capture.sample import (
+        BackboneInputs,
+        CapturedChunk,
+        CaptureSample,
+        DitInputs,
+    )
+    from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
+    from groot_int8_ros.policy.policy import Policy, draw_noise
+    from offline_tools.dataset.lerobot import LeRobotDataset
+
+    def capture(bundle: Path, dataset: Path, count: int, store: Path) -> Path:
+        policy = Policy.load(bundle)
+        recorded = LeRobotDataset.open(dataset).episode(0)
+        cameras = [camera.key for camera in policy.robot.cameras]
+        streams = zip(*(recorded.frames(key) for key in cameras), strict=True)
+        wanted = set(np.linspace(0, len(recorded) - 1, count).round().astype(int).tolist())
+        meta = CaptureMeta.of_bundle(policy.manifest, "tiny", seed=0, engine="onnxruntime")
+        with CaptureWriter(store, meta) as writer:
+            for index, frames in enumerate(streams):
+                if index not in wanted:
+                    continue
+                observation = Observation(
+                    images=dict(zip(cameras, frames, strict=True)),
+                    state={key: values[index] for key, values in recorded.state.items()},
+                    instruction=recorded.instructions[index],
+                    stamp_ns=index,
+                )
+                noise = draw_noise(0, index, policy.noise_shape)
+                runs: dict[str, list[Tensors]] = {}
+
+                def note(name: str, feeds: Tensors, runs: dict[str, list[Tensors]] = runs) -> None:
+                    runs.setdefault(name, []).append(feeds)
+
+                with policy.observed(note):
+                    chunk = policy.infer(observation, noise=noise)
+                backbone, dit = runs["backbone"][0], runs["dit"]
+                writer.add(
+                    CaptureSample(
+                        instruction=observation.instruction,
+                        stamp_ns=index,
+                        source=f"frame {index}",
+                        state=dict(observation.state),
+                        noise=noise,
+                        seed=0,
+                        chunk=CapturedChunk(chunk.actions, chunk.action_pred),
+                        backbone=BackboneInputs(
+                            input_ids=backbone["input_ids"][0],
+                            attention_mask=backbone["attention_mask"][0],
+                            pixel_values=backbone["pixel_values"],
+                        ),
+                        dit=DitInputs(
+                            vl_embs=dit[0]["vl_embs"][0],
+                            image_mask=dit[0]["image_mask"][0],
+                            backbone_attention_mask=dit[0]["backbone_attention_mask"][0],
+                            sa_embs=np.concatenate([step["sa_embs"] for step in dit]),
+                            timestep=np.concatenate([step["timestep"] for step in dit]),
+                        ),
+                        normalised_state=runs["conditioner"][0]["state"][0],
+                    )
+                )
+        policy.close()
+        return store
+
+    return capture
+
+
+@pytest.fixture(scope="session")
+def store(
+    capture_into: Callable[[Path, Path, int, Path], Path],
+    fp16_bundle: Path,
+    tiny_dataset: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Eight captured samples for `fp16_bundle`. Tests only read it."""
+    return capture_into(fp16_bundle, tiny_dataset, 8, tmp_path_factory.mktemp("capture") / "store")
