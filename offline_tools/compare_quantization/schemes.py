@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -22,7 +22,14 @@ from offline_tools.compare_quantization.samples import (
     Feeds,
     capture_samples,
 )
-from offline_tools.quantize.int8_bundle import AUTO, QuantizeOptions, quantize_bundle
+from offline_tools.quantize.arithmetic import rotation_block
+from offline_tools.quantize.int8_bundle import (
+    AUTO,
+    DEFAULT_ALPHA,
+    FIXED_SCHEMES,
+    QuantizeOptions,
+    quantize_bundle,
+)
 from offline_tools.quantize.layers import Layer, find_layers, load_graph
 from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.statistics import GraphStatistics, collect
@@ -96,7 +103,9 @@ class Calibrated:
 Scheme = Callable[[Calibrated, Path], dict[str, Path]]
 
 
-def _own(scheme: LayerScheme, calibrated: Calibrated, folder: Path) -> dict[str, Path]:
+def _own(
+    scheme: LayerScheme, calibrated: Calibrated, folder: Path, rotated: bool = False
+) -> dict[str, Path]:
     targets = {}
     for name, graph in calibrated.graphs.items():
         targets[name] = folder / graph.path.name
@@ -104,10 +113,14 @@ def _own(scheme: LayerScheme, calibrated: Calibrated, folder: Path) -> dict[str,
         quantize_graph(
             graph.path,
             targets[name],
-            {layer.name: scheme for layer in graph.layers},
+            {layer.name: _rotated(scheme, layer) if rotated else scheme for layer in graph.layers},
             graph.statistics if needs else None,
         )
     return targets
+
+
+def _rotated(scheme: LayerScheme, layer: Layer) -> LayerScheme:
+    return replace(scheme, rotation=rotation_block(layer.in_channels))
 
 
 def _baseline(
@@ -160,16 +173,12 @@ def _auto(calibrated: Calibrated, folder: Path) -> dict[str, Path]:
     }
 
 
-_ALPHA = 0.5  # SmoothQuant's own default
-
+# Under the names that `groot-int8 quantize --scheme` knows, and two that it tries in `auto` only.
 OWN_SCHEMES: dict[str, Scheme] = {
-    "static-max": partial(_own, LayerScheme("static", "max")),
-    "static-entropy": partial(_own, LayerScheme("static", "entropy")),
-    "static-percentile": partial(_own, LayerScheme("static", "percentile")),
-    "smoothquant": partial(_own, LayerScheme("static", "max", _ALPHA)),
-    "row": partial(_own, LayerScheme("row")),
-    "row+migration": partial(_own, LayerScheme("row", None, _ALPHA)),
-    "auto": _auto,
+    **{name: partial(_own, scheme) for name, scheme in FIXED_SCHEMES.items()},
+    "row-rotated": partial(_own, LayerScheme("row"), rotated=True),
+    "row-smooth-rotated": partial(_own, LayerScheme("row", None, DEFAULT_ALPHA), rotated=True),
+    AUTO: _auto,
 }
 
 ORT_SCHEMES: dict[str, Scheme] = {

@@ -19,7 +19,7 @@ from offline_tools.compare_quantization.samples import Answers
 
 def test_our_bfloat16_costs_what_the_references_own_run_recorded(golden_dir: Path) -> None:
     recorded = json.loads((golden_dir / "yardsticks.json").read_text())["precision"]
-    inputs, noises, floats = [], [], []
+    inputs, noises, floats, rows = [], [], [], []
     for index in range(3):
         with np.load(golden_dir / f"golden_obs{index}.npz") as arrays:
             inputs.append(
@@ -32,13 +32,13 @@ def test_our_bfloat16_costs_what_the_references_own_run_recorded(golden_dir: Pat
             )
             noises.append(arrays["noise"][0])
             floats.append(arrays["n4.action_pred"][0])
-            embodiment_id = int(arrays["embodiment_id"][0])
+            rows.append(int(arrays["embodiment_id"][0]))
     nothing = Observation(images={}, state={}, instruction="")
     found = bfloat16_actions(
         golden_dir / "checkpoint",
         golden_dir / "eagle_config.json",
         Answers((nothing,) * 3, tuple(inputs), tuple(noises), tuple(floats), {}),
-        embodiment_id=embodiment_id,
+        embodiment_id=rows[0],
         denoising_steps=4,
     )
     for index, (one, exact) in enumerate(zip(found, floats, strict=True)):

@@ -31,7 +31,7 @@ def compared(
     """The comparison on a checkpoint with channel outliers, with recorded observations."""
     output = tmp_path_factory.mktemp("compared") / "report"
     options = ("--calibration-samples", 4, "--evaluation-samples", 2, "--denoising-steps", 2)
-    schemes = ("static-max", "row", "row+migration", "onnxruntime-max")
+    schemes = ("static-max", "row", "row-smooth", "onnxruntime-max")
     code = _compare(
         output,
         *("--checkpoint", minimal_checkpoint, "--dataset", tiny_dataset),
@@ -44,9 +44,9 @@ def compared(
 
 def test_row_fails_on_channel_outliers_and_migration_mends_it(compared: Path) -> None:
     error = {name: row["errors"]["relative_l2"] for name, row in _rows(compared).items()}
-    assert error["row"] > 2.0 * error["row+migration"]
+    assert error["row"] > 2.0 * error["row-smooth"]
     assert error["static-max"] > 2.0 * error["row"]
-    assert error["fp16"] < error["bf16"] < error["row+migration"]
+    assert error["fp16"] < error["bf16"] < error["row-smooth"]
 
 
 def test_our_static_maximum_is_onnxruntimes(compared: Path) -> None:
