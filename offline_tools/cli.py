@@ -60,6 +60,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.demo.make_checkpoint",
         "generate an N1.6-shaped checkpoint with random weights for a dataset's robot",
     ),
+    "add-outliers": (
+        "offline_tools.compare_quantization.add_outliers",
+        "copy a checkpoint and give it the activation outliers of a real one",
+    ),
     "demo": ("offline_tools.demo.command", "run the whole road on generated data"),
 }
 

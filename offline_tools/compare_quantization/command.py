@@ -15,7 +15,7 @@ from pathlib import Path
 
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.policy.bundle import TOKENIZER_FILE, Bundle, open_bundle
+from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.types import Observation
@@ -161,7 +161,6 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
     # A bundle without a checkpoint can be compared where torch is missing.
     from offline_tools.compare_quantization.outliers import write_edited
     from offline_tools.export.bundle_writer import ExportOptions, write_bundle
-    from offline_tools.export.robot_description import describe_robot
     from offline_tools.model.configuration import find_eagle_config, load_model_config
 
     eagle = find_eagle_config(args.checkpoint, args.eagle_config)
@@ -179,11 +178,7 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         force=True,
     )
     processor = load_processor(args.checkpoint, args.embodiment)
-    cameras = describe_robot(processor, args.robot, args.dataset).cameras
-    tokenizer = options.tokenizer or args.checkpoint
-    if tokenizer.is_dir():
-        tokenizer = tokenizer / TOKENIZER_FILE
-    tokens = prompt_tokens(processor, tokenizer, cameras)
+    tokens = prompt_tokens(processor, args.tokenizer or args.checkpoint)
     for variant in args.variants:
         checkpoint = args.checkpoint
         if variant != PLAIN:

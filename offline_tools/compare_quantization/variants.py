@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from groot_int8_ros.errors import CheckpointError
-from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
+from groot_int8_ros.policy.bundle import TOKENIZER_FILE
+from groot_int8_ros.policy.preprocess import PromptTokenizer
 from groot_int8_ros.policy.processor import Processor
-from groot_int8_ros.policy.types import CameraSpec
 from offline_tools.model.configuration import ModelConfig
 
 if TYPE_CHECKING:
@@ -48,30 +48,27 @@ class PromptTokens:
     live: int
 
 
-def prompt_tokens(
-    processor: Processor, tokenizer_file: Path, cameras: tuple[CameraSpec, ...]
-) -> PromptTokens:
+def prompt_tokens(processor: Processor, tokenizer: Path) -> PromptTokens:
     """Find the tokens in the prompt that a tokenizer makes.
 
     Args:
         processor: The embodiment's conventions.
-        tokenizer_file: `tokenizer.json`.
-        cameras: The robot's.
+        tokenizer: `tokenizer.json`, or a folder that holds it.
 
     Raises:
         CheckpointError: The tokenizer makes a prompt in which no token stands alone.
     """
-    tokenizer = PromptTokenizer.from_file(tokenizer_file)
-    preprocess = Preprocessor(processor, tokenizer, cameras)
-    encoded, _ = tokenizer.encode(
-        _ANY_INSTRUCTION, preprocess.tokens_per_image, formalize=processor.formalize_language
-    )
+    path = tokenizer / TOKENIZER_FILE if tokenizer.is_dir() else tokenizer
+    loaded = PromptTokenizer.from_file(path)
+    # Which tokens there are does not depend on how many stand for an image.
+    one_each = (1,) * len(processor.cameras)
+    encoded, _ = loaded.encode(_ANY_INSTRUCTION, one_each, formalize=processor.formalize_language)
     ids = encoded[0].tolist()
-    first_image = ids.index(tokenizer.image_token_id)
+    first_image = ids.index(loaded.image_token_id)
     single = [token for token in ids[: first_image - 1] if ids.count(token) == 1]
     if not single:
         raise CheckpointError(
-            f"{tokenizer_file} makes a prompt in which every token is repeated; pass the "
+            f"{path} makes a prompt in which every token is repeated; pass the "
             "tokenizer of the training code"
         )
     return PromptTokens(prefix=single[0], live=ids[first_image - 1])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from groot_int8_ros.errors import CheckpointError, ConfigurationError
+from offline_tools.cli import main
 from offline_tools.compare_quantization.outliers import (
     CALIBRATED_GAINS,
     MASSIVE_ACTIVATION,
@@ -18,7 +19,8 @@ from offline_tools.compare_quantization.outliers import (
     massive_token,
     write_edited,
 )
-from offline_tools.model.checkpoint import CheckpointReader, load_model
+from offline_tools.demo.random_checkpoint import SIZES
+from offline_tools.model.checkpoint import CheckpointReader, expected_keys, load_model
 from offline_tools.model.configuration import ModelConfig, load_model_config
 from offline_tools.model.policy_model import GrootN16, ModelInputs
 
@@ -145,6 +147,32 @@ def test_a_massive_activation_is_on_its_token_alone_for_all_inputs(
         assert rows[marked].max() < 2.0 * MASSIVE_ACTIVATION
         assert rows[~marked].max() < 50.0
         assert torch.isfinite(_actions(model, inputs)).all()
+
+
+def test_the_command_writes_a_checkpoint_that_loads_and_computes_the_same(
+    tiny_checkpoint: Path, plain: GrootN16, config: ModelConfig, tmp_path: Path
+) -> None:
+    words = ["add-outliers", "--checkpoint", tiny_checkpoint, "--variant", "channels"]
+    assert main([str(word) for word in (*words, "--output", tmp_path / "out")]) == 0
+    model, _, _ = load_model(tmp_path / "out")
+    wanted, found = _actions(plain, _inputs(config)), _actions(model, _inputs(config))
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+    words[-1] = "massive-live"
+    assert main([str(word) for word in (*words, "--output", tmp_path / "out")]) == 2
+
+
+def test_the_plans_fit_the_public_sizes() -> None:
+    full = SIZES["full"]
+    keys = set(expected_keys(full))
+    for edits in (channel_outliers(full), massive_token(full, 8948)):
+        assert set(edits) <= keys
+    # Every layer of the backbone and of the DiT has its outliers.
+    planned = channel_outliers(full)
+    for layer in range(full.language.layers):
+        assert f"backbone.model.language_model.model.layers.{layer}.mlp.up_proj.weight" in planned
+    for block in range(full.dit.layers):
+        key = f"action_head.model.transformer_blocks.{block}.attn1.to_out.0.weight"
+        assert key in planned
 
 
 def test_an_image_token_cannot_be_massive(config: ModelConfig) -> None:
