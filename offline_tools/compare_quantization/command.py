@@ -32,6 +32,7 @@ from offline_tools.compare_quantization.comparison import (
     prepare_model,
 )
 from offline_tools.compare_quantization.samples import (
+    capture_samples,
     generated_observations,
     recorded_observations,
 )
@@ -42,6 +43,7 @@ from offline_tools.compare_quantization.variants import (
     plan_variant,
     prompt_tokens,
 )
+from offline_tools.quantize.evaluation import compare_actions
 from offline_tools.quantize.int8_bundle import DEFAULT_BUDGET
 
 
@@ -230,8 +232,14 @@ def _compare(
             )
             for answers in (model.calibration, model.evaluation)
         )
-        # What `auto` aims at may not be known from the samples that judge it.
-        budget = model.errors(calibrated, model.calibration).relative_l2
+        # What `auto` aims at may not be known from the samples that judge it; and it is in the
+        # search's own metric, which leaves out what the embodiment does not use.
+        budget = compare_actions(
+            model.bundle.processor,
+            list(capture_samples(model.calibration, args.seed)),
+            model.calibration.action_pred,
+            calibrated,
+        ).relative_l2
         rows.append(float_row(model, BFLOAT16, judged))
         yardstick = rows[0].errors.relative_l2
         half = bundle_actions(

@@ -90,17 +90,14 @@ class Model:
     evaluation: Answers
     seed: int
 
-    def errors(
-        self, found: Sequence[Float32Array], answers: Answers | None = None
-    ) -> ActionErrors:
-        """Judge other answers to the observations of `evaluation`, or of `answers`."""
-        wanted = self.evaluation if answers is None else answers
+    def errors(self, found: Sequence[Float32Array]) -> ActionErrors:
+        """Judge other answers to the observations of `evaluation`."""
         return action_errors(
             self.bundle.processor,
             self.bundle.manifest.robot,
-            wanted.action_pred,
+            self.evaluation.action_pred,
             found,
-            [observation.state for observation in wanted.observations],
+            [observation.state for observation in self.evaluation.observations],
         )
 
 
