@@ -71,6 +71,14 @@ EXTRAS = {
     ],
     # A parser and builder of the TensorRT family that needs no GPU.
     "rtx": [f"tensorrt-rtx-cu13==1.7.1.116{WHEELS}"],
+    # NVIDIA's own quantiser, to be compared with. Its extra `onnx` would put an ONNX Runtime with
+    # CUDA in the place of ours; these are what its CPU path imports.
+    "compare": [
+        "lief>=0.16",
+        "nvidia-modelopt==0.47.0",
+        "onnx-graphsurgeon>=0.6.1",
+        "onnxslim>=0.1.76",
+    ],
     "dev": [
         "colcon-bash",
         "colcon-ros",

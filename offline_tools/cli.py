@@ -68,6 +68,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.engine.gpu_proof",
         "build, run, compare, audit and time engines of every kind on the GPU here",
     ),
+    "compare-quantization": (
+        "offline_tools.compare_quantization.command",
+        "measure quantisation schemes against each other, on models with and without outliers",
+    ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",
         "turn a LeRobot v2.1 episode into a rosbag2",
@@ -77,6 +81,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "make-checkpoint": (
         "offline_tools.demo.make_checkpoint",
         "generate an N1.6-shaped checkpoint with random weights for a dataset's robot",
+    ),
+    "add-outliers": (
+        "offline_tools.compare_quantization.add_outliers",
+        "copy a checkpoint and give it the activation outliers of a real one",
     ),
     "demo": ("offline_tools.demo.command", "run the whole road on generated data"),
 }

@@ -1,0 +1,126 @@
+"""Hazards of the comparison: schemes that look alike, a verdict that flatters, half a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("torch", reason="variants and bfloat16 need torch")
+pytest.importorskip("transformers", reason="the model needs transformers")
+
+from offline_tools.cli import EXIT_USER_ERROR, main
+
+
+def _compare(output: Path, *options: object) -> int:
+    words = ["compare-quantization", "--output", output, *options]
+    return main([str(word) for word in words])
+
+
+def _rows(output: Path) -> dict[str, dict[str, Any]]:
+    report = json.loads((output / "comparison.json").read_text())
+    return {row["scheme"]: row for row in report["rows"]}
+
+
+@pytest.fixture(scope="module")
+def compared(
+    minimal_checkpoint: Path, tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The comparison on a checkpoint with channel outliers, with recorded observations."""
+    output = tmp_path_factory.mktemp("compared") / "report"
+    options = ("--calibration-samples", 4, "--evaluation-samples", 2, "--denoising-steps", 2)
+    schemes = ("static-max", "row", "row-smooth", "onnxruntime-max")
+    code = _compare(
+        output,
+        *("--checkpoint", minimal_checkpoint, "--dataset", tiny_dataset),
+        *("--variants", "channels", "--schemes", *schemes),
+        *options,
+    )
+    assert code == 0
+    return output
+
+
+def test_row_fails_on_channel_outliers_and_migration_mends_it(compared: Path) -> None:
+    error = {name: row["errors"]["relative_l2"] for name, row in _rows(compared).items()}
+    assert error["row"] > 2.0 * error["row-smooth"]
+    assert error["static-max"] > 2.0 * error["row"]
+    assert error["fp16"] < error["bf16"] < error["row-smooth"]
+
+
+def test_our_static_maximum_is_onnxruntimes(compared: Path) -> None:
+    # Two implementations of one definition: a difference would be a mistake of one of them.
+    rows = _rows(compared)
+    ours, theirs = (rows[n]["errors"]["relative_l2"] for n in ("static-max", "onnxruntime-max"))
+    assert ours == pytest.approx(theirs, rel=0.1)
+
+
+def test_every_quantised_layer_is_counted_and_judged(compared: Path) -> None:
+    rows = _rows(compared)
+    for name in ("static-max", "row", "onnxruntime-max"):
+        assert rows[name]["int8_layers"] == rows[name]["layers"] == len(rows[name]["layer_errors"])
+        assert rows[name]["int8_share"] == 1.0
+    for layer, found in rows["row"]["layer_errors"].items():
+        assert 0.0 < found["relative_l2"] < 1.0, layer
+    assert rows["fp16"]["layers"] == 0
+
+
+def test_the_report_says_who_is_above_bfloat16_and_by_how_much(compared: Path) -> None:
+    report = json.loads((compared / "comparison.json").read_text())
+    rows = _rows(compared)
+    times = rows["row"]["errors"]["relative_l2"] / rows["bf16"]["errors"]["relative_l2"]
+    assert f"row: above bfloat16 on channels {times:.1f} x" in report["verdicts"]
+    assert sorted(path.name for path in compared.iterdir()) == [
+        "comparison.json",
+        "comparison.png",
+    ]
+    assert (compared / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_bundle_alone_is_compared_without_a_verdict(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ("--calibration-samples", 4, "--evaluation-samples", 1)
+    options = ("--bundle", tiny_bundle, "--schemes", "row", "auto", *sizes)
+    assert _compare(tmp_path / "out", *options) == 0
+    assert "no verdict" in capsys.readouterr().out
+    rows = _rows(tmp_path / "out")
+    assert 0.0 < rows["auto"]["errors"]["relative_l2"] < rows["row"]["errors"]["relative_l2"]
+    assert 0 < rows["auto"]["int8_layers"] < rows["auto"]["layers"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--variants", "channels"), "give --checkpoint"),
+        (("--evaluation-samples", "0"), "at least 1"),
+    ],
+)
+def test_options_that_cannot_work_are_refused(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: tuple[str, ...],
+    message: str,
+) -> None:
+    assert _compare(tmp_path / "out", "--bundle", tiny_bundle, *options) == EXIT_USER_ERROR
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_half_precision_bundle_is_no_reference(
+    fp16_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert _compare(tmp_path / "out", "--bundle", fp16_bundle) == EXIT_USER_ERROR
+    assert "--precision fp32" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_report_is_not_overwritten(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "comparison.json").write_text("mine")
+    assert _compare(tmp_path, "--bundle", tiny_bundle) == EXIT_USER_ERROR
+    assert "name a new folder" in capsys.readouterr().err
+    assert (tmp_path / "comparison.json").read_text() == "mine"

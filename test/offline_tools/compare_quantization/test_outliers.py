@@ -1,0 +1,199 @@
+"""Hazards of planted outliers: a changed function, magnitudes missed, the wrong token hit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from groot_int8_ros.errors import CheckpointError, ConfigurationError
+from offline_tools.cli import main
+from offline_tools.compare_quantization.outliers import (
+    CALIBRATED_GAINS,
+    MASSIVE_ACTIVATION,
+    channel_outliers,
+    massive_token,
+    write_edited,
+)
+from offline_tools.demo.random_checkpoint import SIZES
+from offline_tools.model.checkpoint import CheckpointReader, expected_keys, load_model
+from offline_tools.model.configuration import ModelConfig, load_model_config
+from offline_tools.model.policy_model import GrootN16, ModelInputs
+
+TOKEN, OTHER, DELIMITER = 11, 12, 3
+STEPS = 2
+
+
+def _inputs(config: ModelConfig, seed: int = 0) -> ModelInputs:
+    random = torch.Generator().manual_seed(seed)
+    image = [DELIMITER, *[config.language.image_token_id] * 6, 4]
+    ids = [1, TOKEN, OTHER, int(torch.randint(20, 400, (1,), generator=random)), *image, *image, 2]
+    return ModelInputs(
+        input_ids=torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.int64),
+        pixel_values=torch.rand((2, 3, 56, 84), generator=random) * 2 - 1,
+        state=torch.randn((1, config.max_state_dim), generator=random),
+        embodiment_id=10,
+    )
+
+
+def _actions(model: GrootN16, inputs: ModelInputs) -> Tensor:
+    noise = torch.randn(
+        (1, model.config.action_horizon, model.config.max_action_dim),
+        generator=torch.Generator().manual_seed(1),
+    )
+    return model.get_action(inputs, noise, STEPS)
+
+
+def _linear_inputs(model: GrootN16, inputs: ModelInputs) -> dict[str, Tensor]:
+    """Return the absolute maximum of every linear layer's input by channel and by token."""
+    seen: dict[str, Tensor] = {}
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(_module: object, given: tuple[Tensor, ...], _result: object) -> None:
+            seen[name] = given[0].detach().abs()
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear)
+    ]
+    _actions(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def config(tiny_checkpoint: Path) -> ModelConfig:
+    return load_model_config(tiny_checkpoint)[0]
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_checkpoint: Path) -> GrootN16:
+    return load_model(tiny_checkpoint)[0]
+
+
+@pytest.fixture(scope="module")
+def with_channels(
+    tiny_checkpoint: Path, config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> GrootN16:
+    folder = tmp_path_factory.mktemp("channels") / "checkpoint"
+    write_edited(tiny_checkpoint, folder, channel_outliers(config))
+    return load_model(folder)[0]
+
+
+def test_channel_outliers_leave_the_function_as_it_was(
+    plain: GrootN16, with_channels: GrootN16, config: ModelConfig
+) -> None:
+    for seed in range(2):
+        inputs = _inputs(config, seed)
+        wanted, found = _actions(plain, inputs), _actions(with_channels, inputs)
+        error = (found - wanted).norm() / wanted.norm()
+        assert error < 1e-5, f"relative error {error:.1e}"
+
+
+def test_channel_outliers_reach_the_calibrations_magnitudes(
+    plain: GrootN16, with_channels: GrootN16, config: ModelConfig
+) -> None:
+    before = _linear_inputs(plain, _inputs(config))
+    after = _linear_inputs(with_channels, _inputs(config))
+    grown = {name for name in after if after[name].max() > 1.5 * before[name].max()}
+    # Behind a GELU nothing can be scaled, nor in the time embedding's linear layers.
+    spared = ("fc2", "ff.net", "mlp1.3", "timestep_embedder", "norm1.linear", "proj_out_1")
+    expected = {name for name in after if not any(part in name for part in spared)}
+    expected = {name for name in expected if "patch_embedding" not in name}
+    assert grown == expected
+    norms = [after[n].max().item() for n in after if "language" in n and "q_proj" in n]
+    assert all(10.0 < value < 80.0 for value in norms), norms
+    # Channels, not tokens: the same channel is large in nearly every row.
+    rows = after[next(n for n in after if "language" in n and "q_proj" in n)][0]
+    channel = int(rows.max(dim=0).values.argmax())
+    share = (rows.argmax(dim=1) == channel).float().mean()
+    assert share > 0.5
+
+
+def test_gains_of_one_change_no_weight(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    config, _ = load_model_config(tiny_checkpoint)
+    ones = replace(CALIBRATED_GAINS, **dict.fromkeys(vars(CALIBRATED_GAINS), 1.0))
+    write_edited(tiny_checkpoint, tmp_path / "same", channel_outliers(config, gains=ones))
+    before, after = CheckpointReader(tiny_checkpoint), CheckpointReader(tmp_path / "same")
+    assert set(before.keys) == set(after.keys)
+    for key in before.keys:
+        assert torch.equal(before.tensor(key).float(), after.tensor(key).float()), key
+
+
+@pytest.mark.parametrize("token", [TOKEN, DELIMITER], ids=["prefix", "live"])
+def test_a_massive_activation_is_on_its_token_alone_for_all_inputs(
+    tiny_checkpoint: Path, config: ModelConfig, tmp_path: Path, token: int
+) -> None:
+    write_edited(tiny_checkpoint, tmp_path / "massive", massive_token(config, token))
+    model, _, _ = load_model(tmp_path / "massive")
+    layer = config.language.layers - 1
+    for seed in range(3):
+        inputs = _inputs(config, seed)
+        seen = _linear_inputs(model, inputs)
+        name = next(n for n in seen if f"layers.{layer}.mlp.down_proj" in n and "language" in n)
+        rows = seen[name][0].max(dim=1).values
+        marked = inputs.input_ids[0] == token
+        assert marked.sum() == (2 if token == DELIMITER else 1)
+        assert rows[marked].min() > 0.5 * MASSIVE_ACTIVATION
+        assert rows[marked].max() < 2.0 * MASSIVE_ACTIVATION
+        assert rows[~marked].max() < 50.0
+        assert torch.isfinite(_actions(model, inputs)).all()
+
+
+def test_the_command_writes_a_checkpoint_that_loads_and_computes_the_same(
+    tiny_checkpoint: Path, plain: GrootN16, config: ModelConfig, tmp_path: Path
+) -> None:
+    words = ["add-outliers", "--checkpoint", tiny_checkpoint, "--variant", "channels"]
+    assert main([str(word) for word in (*words, "--output", tmp_path / "out")]) == 0
+    model, _, _ = load_model(tmp_path / "out")
+    wanted, found = _actions(plain, _inputs(config)), _actions(model, _inputs(config))
+    assert (found - wanted).norm() / wanted.norm() < 1e-5
+    words[-1] = "massive-live"
+    assert main([str(word) for word in (*words, "--output", tmp_path / "out")]) == 2
+
+
+def test_the_plans_fit_the_public_sizes() -> None:
+    full = SIZES["full"]
+    keys = set(expected_keys(full))
+    for edits in (channel_outliers(full), massive_token(full, 8948)):
+        assert set(edits) <= keys
+    # Every layer of the backbone and of the DiT has its outliers.
+    planned = channel_outliers(full)
+    for layer in range(full.language.layers):
+        assert f"backbone.model.language_model.model.layers.{layer}.mlp.up_proj.weight" in planned
+    for block in range(full.dit.layers):
+        key = f"action_head.model.transformer_blocks.{block}.attn1.to_out.0.weight"
+        assert key in planned
+
+
+def test_an_image_token_cannot_be_massive(config: ModelConfig) -> None:
+    with pytest.raises(ConfigurationError, match="image tokens"):
+        massive_token(config, config.language.image_token_id)
+
+
+def test_edits_for_another_model_leave_nothing_behind(
+    tiny_checkpoint: Path, config: ModelConfig, tmp_path: Path
+) -> None:
+    deeper = replace(config, language=replace(config.language, layers=9))
+    with pytest.raises(CheckpointError, match=r"layers\.2"):
+        write_edited(tiny_checkpoint, tmp_path / "out", channel_outliers(deeper))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_original_checkpoint_is_not_touched(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    before = (tiny_checkpoint / "model.safetensors").read_bytes()
+    config, _ = load_model_config(tiny_checkpoint)
+    write_edited(tiny_checkpoint, tmp_path / "out", massive_token(config, TOKEN))
+    assert (tiny_checkpoint / "model.safetensors").read_bytes() == before
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        p.name for p in tiny_checkpoint.iterdir()
+    }
