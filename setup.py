@@ -124,6 +124,7 @@ setup(
         "console_scripts": [
             "groot-int8 = offline_tools.cli:main",
             f"policy_node = {PACKAGE}.policy_node:main",
+            f"calibration_recorder_node = {PACKAGE}.calibration_recorder_node:main",
         ],
     },
 )

@@ -25,26 +25,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
-import rclpy
-import rclpy.logging
 from diagnostic_msgs.msg import DiagnosticArray
-from rclpy.clock import Clock, ClockType, JumpThreshold  # type: ignore[attr-defined]
-from rclpy.duration import Duration
-from rclpy.executors import SingleThreadedExecutor
-from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
-from groot_int8_ros.errors import EngineError, GrootError
+from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk
 from groot_int8_ros.ros.diagnostics import (
@@ -53,28 +42,22 @@ from groot_int8_ros.ros.diagnostics import (
     diagnostic_array,
 )
 from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
+from groot_int8_ros.ros.instruction import InstructionTopic
 from groot_int8_ros.ros.joints import TrajectoryWriter
-from groot_int8_ros.ros.observation_buffer import BACKWARD_JUMP_S, Snapshot
+from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
+from groot_int8_ros.ros.observation_buffer import Snapshot
 from groot_int8_ros.ros.observations import ObservationStreams
 from groot_int8_ros.ros.parameters import Parameters
 
-DIAGNOSTICS_PERIOD_S = 1.0
 # An inference that takes longer than this is reported as hung; it is still never published.
 STOP_TIMEOUT_S = 10.0
-# How long a signal may wait before the executor's thread looks at it.
-_SIGNAL_CHECK_S = 0.1
-
-_RELIABLE = QoSProfile(
-    depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE
-)
 
 
-class PolicyNode(LifecycleNode):
+class PolicyNode(ManagedNode):
     """Runs one bundle's policy.
 
     Configure loads and verifies the bundle and subscribes; activate warms the policy up and starts
-    inference; deactivate stops publishing; cleanup frees everything. A transition that fails says
-    why in the log and on `/diagnostics` and leaves the node where it was, ready to be tried again.
+    inference; deactivate stops publishing; cleanup frees everything.
 
     Raises:
         ConfigurationError: A parameter has the wrong type or lies outside its range.
@@ -86,9 +69,7 @@ class PolicyNode(LifecycleNode):
         Args:
             options: Handed to `rclpy.node.Node`.
         """
-        super().__init__(
-            "policy_node", automatically_declare_parameters_from_overrides=True, **options
-        )
+        super().__init__("policy_node", **options)
         self._policy: Policy | None = None
         self._streams: ObservationStreams | None = None
         self._writer: TrajectoryWriter | None = None
@@ -96,88 +77,18 @@ class PolicyNode(LifecycleNode):
         self._record = InferenceRecord()
         self._release_topics = contextlib.ExitStack()
         self._configured = False
-        self._lifecycle = "unconfigured"
-        self._failure: str | None = None
         self._engine_facts: dict[str, str] = {}
 
         self._node_parameters = Parameters(self, lambda: self._configured, self._on_parameters)
         self._instruction = self._node_parameters.current.instruction
 
-        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", _RELIABLE)
-        # With use_sim_time and no /clock, a timer on the node's own clock would never fire.
-        self._steady = Clock(clock_type=ClockType.STEADY_TIME)
-        self._diagnostics_timer = self.create_timer(
-            DIAGNOSTICS_PERIOD_S, self._publish_diagnostics, clock=self._steady
-        )
-        self._jump_handle = self.get_clock().create_jump_callback(
-            JumpThreshold(
-                min_forward=None,
-                min_backward=Duration(nanoseconds=-int(BACKWARD_JUMP_S * 1e9)),
-                on_clock_change=True,
-            ),
-            post_callback=self._on_time_jump,
-        )
-        self._autostart_timer = None
-        if self._node_parameters.current.autostart:
-            self._autostart_timer = self.create_timer(0.0, self._autostart, clock=self._steady)
-
-    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load and verify the bundle, and subscribe to what it needs."""
-        return self._transition("configuring", "inactive", state, self._configure, self._release)
-
-    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Warm the policy up and start inference."""
-        return self._transition("activating", "active", state, self._activate)
-
-    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop publishing, then stop inference."""
-        return self._transition("deactivating", "inactive", state, self._deactivate)
-
-    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free the policy and unsubscribe."""
-        return self._transition("cleaning up", "unconfigured", state, self._cleanup)
-
-    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop and free everything, from any state."""
-        return self._transition("shutting down", "finalized", state, self.close)
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Stop and free everything, so that configure can be tried again."""
-        return self._transition("recovering", "unconfigured", state, self.close)
+        self._start(autostart=self._node_parameters.current.autostart)
 
     def close(self) -> None:
         """Stop publishing and free everything; safe to call twice and in any state."""
         self._deactivate()
         if self._worker is None:
             self._release()
-
-    def _transition(
-        self,
-        doing: str,
-        done: str,
-        state: LifecycleState,
-        action: Callable[[], None],
-        undo: Callable[[], None] = lambda: None,
-    ) -> TransitionCallbackReturn:
-        # rclpy swallows what a transition raises, so it is told here, and the node goes back to
-        # where it was.
-        self._lifecycle, self._failure = doing, None
-        self._publish_diagnostics()
-        try:
-            action()
-        except Exception as error:
-            undo()
-            self._lifecycle = state.label
-            self._failure = f"{doing} failed: {error}"
-            reason = str(error) if isinstance(error, GrootError) else traceback.format_exc()
-            self.get_logger().error(f"{doing} failed, the node stays {state.label}: {reason}")
-            result = TransitionCallbackReturn.FAILURE
-        else:
-            self._lifecycle = done
-            self.get_logger().info(f"{doing}: done, the node is {done}")
-            result = TransitionCallbackReturn.SUCCESS
-        self._publish_diagnostics()
-        return result
 
     def _configure(self) -> None:
         for name in self._node_parameters.strangers():
@@ -193,11 +104,9 @@ class PolicyNode(LifecycleNode):
         self._release_topics.callback(self._streams.close)
         self._chunks = self._publisher(JointTrajectory, parameters.chunk_topic)
         self._chunk_info = self._publisher(String, "~/chunk_info")
-        subscription = self.create_subscription(
-            String, parameters.instruction_topic, self._on_instruction, _RELIABLE
-        )
-        self._release_topics.callback(self.destroy_subscription, subscription)
         self._instruction = parameters.instruction
+        instructions = InstructionTopic(self, parameters.instruction_topic, self._on_instruction)
+        self._release_topics.callback(instructions.close)
         self._engine_facts = {
             "bundle": str(folder),
             "checkpoint sha256": policy.manifest.checkpoint_sha256,
@@ -210,6 +119,8 @@ class PolicyNode(LifecycleNode):
         self._configured = True
 
     def _activate(self) -> None:
+        if self._worker is not None and self._worker.stop(0.0):
+            self._worker = None
         if self._worker is not None:
             raise EngineError(
                 "the inference of the last activation has not returned yet, so the engine is "
@@ -263,15 +174,12 @@ class PolicyNode(LifecycleNode):
             self._policy = None
 
     def _publisher(self, kind: type[Any], topic: str) -> Any:
-        publisher = self.create_publisher(kind, topic, _RELIABLE)
+        publisher = self.create_publisher(kind, topic, RELIABLE)
         self._release_topics.callback(self.destroy_publisher, publisher)
         return publisher
 
-    def _now_ns(self) -> int:
-        return int(self.get_clock().now().nanoseconds)
-
-    def _on_instruction(self, message: String) -> None:
-        self._instruction = message.data
+    def _on_instruction(self, instruction: str) -> None:
+        self._instruction = instruction
 
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:
@@ -307,28 +215,20 @@ class PolicyNode(LifecycleNode):
         self._chunks.publish(self._writer.write(chunk))
         self._chunk_info.publish(String(data=json.dumps(info)))
 
-    def _publish_diagnostics(self) -> None:
-        report = NodeReport(
-            node_name=self.get_fully_qualified_name().lstrip("/"),
-            now_ns=self._now_ns(),
-            lifecycle=self._lifecycle,
-            failure=self._failure,
-            engine=self._engine_facts,
-            streams=self._streams.buffer.status() if self._streams else [],
-            max_age_s=self._node_parameters.current.max_observation_age_s,
-            instruction=self._instruction,
-            inference=self._record.report(),
+    def _report(self) -> DiagnosticArray:
+        return diagnostic_array(
+            NodeReport(
+                node_name=self.get_fully_qualified_name().lstrip("/"),
+                now_ns=self._now_ns(),
+                lifecycle=self._lifecycle,
+                failure=self._failure,
+                engine=self._engine_facts,
+                streams=self._streams.buffer.status() if self._streams else [],
+                max_age_s=self._node_parameters.current.max_observation_age_s,
+                instruction=self._instruction,
+                inference=self._record.report(),
+            )
         )
-        self._diagnostics.publish(diagnostic_array(report))
-
-    def _autostart(self) -> None:
-        assert self._autostart_timer is not None
-        self._autostart_timer.cancel()
-        # Someone may have been faster through the lifecycle services.
-        if self._lifecycle == "unconfigured":
-            self.trigger_configure()
-        if self._lifecycle == "inactive":
-            self.trigger_activate()
 
 
 def main(args: list[str] | None = None) -> int:
@@ -337,29 +237,7 @@ def main(args: list[str] | None = None) -> int:
     Args:
         args: Command line with ROS arguments; the process's own if None.
     """
-    # rclpy's own handlers invalidate the context at once: the node could say no more. Ours only
-    # leave a note, and publishing is stopped first.
-    rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
-    stopping = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
-    try:
-        node = PolicyNode()
-    except GrootError as error:
-        rclpy.logging.get_logger("policy_node").fatal(str(error))
-        rclpy.shutdown()
-        return 2
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
-        while not stopping.is_set():
-            executor.spin_once(timeout_sec=_SIGNAL_CHECK_S)
-    finally:
-        node.close()
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.shutdown()
-    return 0
+    return run_node(PolicyNode, "policy_node", args)
 
 
 if __name__ == "__main__":

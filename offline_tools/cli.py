@@ -5,7 +5,8 @@ torch, rclpy or any step at import time: a subcommand's module is imported when 
 so the steps that a robot needs run on a machine without torch.
 
 Exit codes: 0 done; 1 a check found that something is not right; 2 the input, the options or the
-machine need a change, said in one message; 130 interrupted (SIGINT); 143 terminated (SIGTERM).
+machine need a change, said in one message; 130 interrupted (SIGINT); 141 nobody reads the output
+any more (SIGPIPE); 143 terminated (SIGTERM).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
@@ -41,6 +43,14 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     "calibrate": (
         "offline_tools.calibration.command",
         "capture calibration data from a dataset, a bag or a robot's recorder",
+    ),
+    "calibration-data": (
+        "offline_tools.calibration.data_command",
+        "report on calibration data; exchange it with the first public INT8 port",
+    ),
+    "quantize": (
+        "offline_tools.quantize.command",
+        "write an INT8 bundle from a float one and captured inputs",
     ),
     "build-check": (
         "offline_tools.engine.check_command",
@@ -144,6 +154,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: Arguments without the program's name; the process's own if None.
     """
+    try:
+        try:
+            return _main(sys.argv[1:] if argv is None else list(argv))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # As in `groot-int8 verify … | head`. What is still buffered goes nowhere, or the
+        # interpreter would complain about it at its end.
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+        return EXIT_SIGNALLED + signal.SIGPIPE
+
+
+def _main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="groot-int8",
         description="GR00T N1.6 on a Jetson: from a checkpoint to a bundle that the robot runs.",
@@ -153,7 +179,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     parser.add_argument("subcommand", metavar="SUBCOMMAND", choices=list(SUBCOMMANDS))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    chosen = parser.parse_args(argv)
+    if not words:
+        parser.print_help(sys.stderr)
+        return EXIT_USER_ERROR
+    chosen = parser.parse_args(words)
 
     with _unwinding_on_signals() as request:
         try:
@@ -189,6 +218,13 @@ def _explain(error: BaseException) -> int:
         print(
             f"groot-int8: this step needs the Python package '{error.name}', which is not "
             "installed; README.md, 'Install', lists what each step needs.",
+            file=sys.stderr,
+        )
+        return EXIT_USER_ERROR
+    if isinstance(error, OSError) and error.filename is not None:
+        print(
+            f"groot-int8: {error.filename}: {error.strerror}. Check that it is there, its "
+            "permissions and the disk, then run the command again.",
             file=sys.stderr,
         )
         return EXIT_USER_ERROR

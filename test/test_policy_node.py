@@ -6,9 +6,7 @@ meanwhile, so that a slow machine makes it slower and not red.
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import logging
 import math
 import os
 import re
@@ -17,7 +15,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,8 +35,10 @@ from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
@@ -46,12 +46,9 @@ from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
-from groot_int8_ros.policy.types import ActionChunk, Observation
-from groot_int8_ros.ros.diagnostics import InferenceRecord
-from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
+from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.policy_node import PolicyNode
 from groot_int8_ros.ros.joints import stamp_ns, time_message
-from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
-from groot_int8_ros.ros.parameters import PARAMETERS, NodeParameters
 
 DEADLINE_S = 120.0
 PUBLISH_PERIOD_S = 0.1
@@ -503,6 +500,81 @@ def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(
         assert {info["instruction"] for info in robot.infos} == {"close the drawer"}
 
 
+def test_instruction_that_was_latched_before_the_node_came_counts(
+    start_node: StartNode, robot: Robot
+) -> None:
+    # As a bag's player or `ros2 topic pub --qos-durability transient_local` keep theirs.
+    latched = robot.node.create_publisher(
+        String,
+        "/test/instruction",
+        QoSProfile(depth=1, durability=DurabilityPolicy.TRANSIENT_LOCAL),
+    )
+    latched.publish(String(data="wipe the table"))
+    start_node(instruction="")
+    robot.until(lambda: robot.pairs(), "a chunk of the latched instruction", robot.observe)
+    assert {info["instruction"] for info in robot.infos} == {"wipe the table"}
+    # What was kept must not outlive a newer instruction of somebody else.
+    robot.instructions.publish(String(data="stack the cups"))
+    robot.until(
+        lambda: robot.infos[-1]["instruction"] == "stack the cups", "newer task", robot.observe
+    )
+    robot.forget()
+    robot.until(lambda: len(robot.infos) >= 3, "more chunks", robot.observe)
+    assert {info["instruction"] for info in robot.infos} == {"stack the cups"}
+
+
+def test_activate_works_again_once_a_hung_inference_has_returned(
+    robot: Robot, policy: Policy, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groot_int8_ros.policy_node.STOP_TIMEOUT_S", 0.2)
+    overrides = {
+        ".".join(path): value
+        for path, value in _leaves(robot_parameters(policy, tiny_bundle))
+        if path != ("autostart",)
+    }
+    node = PolicyNode(
+        context=robot.node.context,
+        parameter_overrides=[Parameter(name, value=value) for name, value in overrides.items()],
+    )
+    robot._executor.add_node(node)
+    hanging, release = threading.Event(), threading.Event()
+    try:
+        assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+        assert node._streams is not None
+        read = node._streams.read
+
+        def hang(*arguments: Any) -> Observation:
+            hanging.set()
+            assert release.wait(DEADLINE_S)
+            return read(*arguments)
+
+        monkeypatch.setattr(node._streams, "read", hang)
+        assert node.trigger_activate() == TransitionCallbackReturn.SUCCESS
+        robot.until(hanging.is_set, "an inference under way", robot.observe)
+        assert node.trigger_deactivate() == TransitionCallbackReturn.SUCCESS
+        assert node.trigger_activate() == TransitionCallbackReturn.FAILURE
+        release.set()
+        robot.until(
+            lambda: node.trigger_activate() == TransitionCallbackReturn.SUCCESS, "activation"
+        )
+        robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
+    finally:
+        release.set()
+        node.close()
+        robot._executor.remove_node(node)
+        node.destroy_node()
+
+
+def _leaves(
+    tree: Mapping[str, Any], path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*path, name))
+        else:
+            yield (*path, name), value
+
+
 def test_transitions_can_be_retried_and_publish_only_while_active(
     start_node: StartNode, robot: Robot, tiny_bundle: Path, tmp_path: Path
 ) -> None:
@@ -618,128 +690,3 @@ def test_wrong_parameter_ends_the_node_with_one_message(start_node: StartNode) -
     assert node.process.wait(DEADLINE_S) == 2
     assert "'inference_rate_hz'" in node.text()
     assert "Traceback" not in node.text()
-
-
-class Bench:
-    """The inference worker with the real policy, driven without DDS."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.instruction = INSTRUCTION
-        self.published: list[tuple[ActionChunk, str, int]] = []
-        self.before_read: Callable[[], None] = lambda: None
-        self.buffer = ObservationBuffer(
-            [Stream("camera", "/camera", True), Stream("joints", "/joints", False)]
-        )
-        self.record = InferenceRecord()
-        self._policy = policy
-        self._parameters = NodeParameters(
-            **{name.replace(".", "_"): entry.default for name, entry in PARAMETERS.items()}
-            | {"inference_rate_hz": 100.0}
-        )
-        self.worker = InferenceWorker(
-            policy,
-            self.buffer,
-            Host(
-                parameters=lambda: self._parameters,
-                instruction=lambda: self.instruction,
-                now_ns=time.time_ns,
-                read=self._read,
-                publish=lambda chunk, snapshot, instruction, number: self.published.append(
-                    (chunk, instruction, number)
-                ),
-            ),
-            self.record,
-            logging.getLogger("bench"),
-        )
-
-    def _read(self, snapshot: Snapshot, instruction: str) -> Observation:
-        self.before_read()
-        robot = self._policy.robot
-        return Observation(
-            {c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in robot.cameras},
-            {key: np.zeros(len(j), np.float32) for key, j in robot.state_joints.items()},
-            instruction,
-            snapshot.stamp_ns,
-        )
-
-    def feed(self) -> None:
-        stamp = time.time_ns()
-        self.buffer.store("joints", None, stamp)
-        self.buffer.store("camera", None, stamp)
-
-    def until(self, met: Callable[[], Any], publish: bool = True) -> None:
-        end = time.monotonic() + DEADLINE_S
-        while not met():
-            assert time.monotonic() < end
-            if publish:
-                self.feed()
-            time.sleep(0.02)
-
-
-@pytest.fixture
-def bench(policy: Policy) -> Iterator[Bench]:
-    made = Bench(policy)
-    made.worker.start()
-    yield made
-    made.before_read = lambda: None
-    assert made.worker.stop(DEADLINE_S)
-
-
-def test_chunk_of_an_instruction_that_changed_meanwhile_is_dropped(bench: Bench) -> None:
-    def change() -> None:
-        bench.instruction += "!"
-
-    bench.before_read = change
-    bench.until(lambda: bench.record.report().holds.get("overtaken", 0) >= 3)
-    assert not bench.published
-    bench.before_read = lambda: None
-    bench.until(lambda: bench.published)
-    assert bench.published[0][1] == bench.instruction
-
-
-def test_chunk_from_before_a_time_jump_is_dropped(bench: Bench) -> None:
-    bench.before_read = bench.buffer.clear
-    bench.until(lambda: bench.record.report().holds.get("overtaken", 0) >= 3)
-    assert not bench.published
-
-
-def test_nothing_is_published_after_stop_though_an_inference_is_under_way(bench: Bench) -> None:
-    reading, release = threading.Event(), threading.Event()
-
-    def hang() -> None:
-        reading.set()
-        assert release.wait(DEADLINE_S)
-
-    bench.before_read = hang
-    bench.until(reading.is_set)
-    assert not bench.worker.stop(0.05), "a worker that hangs must not count as ended"
-    release.set()
-    assert bench.worker.stop(DEADLINE_S)
-    assert not bench.published
-    assert bench.record.report().state == "stopped"
-
-
-def test_bug_in_the_inference_is_counted_and_survived(bench: Bench) -> None:
-    def fail() -> None:
-        raise ZeroDivisionError("made for this test")
-
-    bench.before_read = fail
-    bench.until(lambda: bench.record.report().errors.get("ZeroDivisionError", 0) >= 2)
-    report = bench.record.report()
-    assert report.hold is not None
-    assert "made for this test" in report.hold.message
-    bench.before_read = lambda: None
-    bench.until(lambda: bench.published)
-    assert bench.record.report().hold is None
-
-
-def test_rate_is_a_limit_and_every_chunk_is_numbered(policy: Policy) -> None:
-    bench = Bench(policy)
-    bench._parameters = dataclasses.replace(bench._parameters, inference_rate_hz=4.0)
-    bench.worker.start()
-    start = time.monotonic()
-    bench.until(lambda: len(bench.published) >= 4)
-    elapsed = time.monotonic() - start
-    assert bench.worker.stop(DEADLINE_S)
-    assert [number for _, _, number in bench.published] == list(range(len(bench.published)))
-    assert elapsed >= 3 / 4.0 * 0.95

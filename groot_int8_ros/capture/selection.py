@@ -132,6 +132,10 @@ class Selector:
         self._insert(new, stamp_s, ticket, np.delete(distances, row))
         return Decision(ticket, evicted)
 
+    def withdraw(self, ticket: int) -> None:
+        """Forget a kept observation that turned out to be unusable; the next one may be kept."""
+        self._remove(self._tickets.index(ticket))
+
     def _advance(self, stamp_ns: int) -> float:
         if self._origin_ns is None:
             self._origin_ns = stamp_ns

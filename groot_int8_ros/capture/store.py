@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -239,7 +240,7 @@ class CaptureWriter:
                 self._written[len(self._written)] = shard.file, record.position
         self._next_sample = len(self._written)
         self._next_shard = 1 + max(
-            (int(shard.file[6:11]) for shard in self._index.shards), default=-1
+            (_shard_number(shard.file) for shard in self._index.shards), default=-1
         )
         remove_leftovers(folder)
         self._remove_strays()
@@ -276,6 +277,11 @@ class CaptureWriter:
             for record in shard.samples
         )
 
+    @property
+    def is_full(self) -> bool:
+        """Whether enough samples are held for a shard."""
+        return len(self._pending) >= self._samples_per_shard
+
     def add(self, sample: CaptureSample) -> int:
         """Add a sample, and write a shard if it is full.
 
@@ -287,6 +293,20 @@ class CaptureWriter:
             OutputError: A shard could not be written. Every earlier shard is whole, the samples
                 since are still held: `flush` tries again.
         """
+        number = self.hold(sample)
+        if self.is_full:
+            self.flush()
+        return number
+
+    def hold(self, sample: CaptureSample) -> int:
+        """Add a sample without writing anything; the caller flushes when `is_full`.
+
+        Returns:
+            The sample's number, for `discard`.
+
+        Raises:
+            CaptureError: The sample has NaN or does not fit together; nothing was added.
+        """
         check_sample(sample)
         steps = self._index.meta.denoising_steps
         if sample.dit is not None and len(sample.dit.timestep) != steps:
@@ -297,8 +317,6 @@ class CaptureWriter:
         number = self._next_sample
         self._next_sample += 1
         self._pending[number] = sample
-        if len(self._pending) >= self._samples_per_shard:
-            self.flush()
         return number
 
     def discard(self, number: int) -> None:
@@ -358,13 +376,16 @@ class CaptureWriter:
 
         Raises:
             OutputError: As `flush`.
-            CaptureError: There is no sample.
+            CaptureError: There is no sample; the empty store is removed.
         """
         self.flush(offered)
         if not self._written:
+            (self.folder / INDEX_FILE).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
             raise CaptureError(
-                f"no sample was captured, so {self.folder} is empty. Check that the source has "
-                "observations with every camera, joint and an instruction."
+                f"no sample was captured, so {self.folder} is not written. Check that the source "
+                "has observations with every camera, joint and an instruction."
             )
         self._index = replace(self._index, finished=True)
         self._write_index()
@@ -630,14 +651,22 @@ def _read_index(folder: Path) -> Index:
 
 def _shard(content: Mapping[str, Any]) -> Shard:
     file = content["file"]
-    # The index comes from disk like everything else: it must not lead out of the folder.
-    if Path(file).name != file or not (file.startswith("shard-") and file.endswith(".npz")):
-        raise ValueError(f"{file!r} is no shard's name")
+    _shard_number(file)
     samples = tuple(
         SampleRecord(**{**record, "graphs": tuple(record["graphs"])})
         for record in content["samples"]
     )
+    if not all(isinstance(sample.position, int) for sample in samples):
+        raise TypeError(f"a position in {file} is not a whole number")
     return Shard(file=file, sha256=content["sha256"], samples=samples)
+
+
+def _shard_number(file: str) -> int:
+    # The index comes from disk like everything else: it must not lead out of the folder.
+    match = re.fullmatch(r"shard-([0-9]{5,9})\.npz", file)
+    if match is None:
+        raise ValueError(f"{file!r} is no shard's name")
+    return int(match[1])
 
 
 def _short(value: object) -> str:

@@ -51,7 +51,9 @@ GRAPH_FILES = {
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
-_EXPORT_AGAIN = "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder}"
+_EXPORT_AGAIN = (
+    "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder} --force"
+)
 
 
 @dataclass(frozen=True)
@@ -189,12 +191,20 @@ def open_bundle(folder: Path, *, verify_hashes: bool = True) -> Bundle:
     return bundle
 
 
+class _FieldError(ValueError):
+    """A field of the manifest is missing or not what it has to be."""
+
+
 def _read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise BundleError(f"{what}: {folder}. Give the folder that groot-int8 export wrote.")
     if not path.is_file():
+        # Not with --force: the export replaces nothing but bundles.
         raise BundleError(
-            f"{folder} is not a bundle: it has no {MANIFEST_FILE}. "
-            + _EXPORT_AGAIN.format(folder=folder)
+            f"{folder} is not a bundle: it has no {MANIFEST_FILE}. Give the folder that "
+            "groot-int8 export wrote; to make one, export to a new folder."
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -210,39 +220,46 @@ def _read_manifest(folder: Path) -> Manifest:
         )
     try:
         return _parse_manifest(content, str(path))
-    except (KeyError, TypeError, ValueError, AttributeError, ConfigurationError) as error:
-        reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
+    except (_FieldError, ConfigurationError) as error:
         raise BundleError(
-            f"{path} is damaged: {reason}. " + _EXPORT_AGAIN.format(folder=folder)
+            f"{path} is damaged: {error}. " + _EXPORT_AGAIN.format(folder=folder)
         ) from error
 
 
 def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
     files = {}
-    for name, record in content["files"].items():
+    for name, value in _object(content, "files").items():
         _refuse_outside(name)
-        files[name] = (_text(record["sha256"]), _count(record["bytes"]))
-    graphs = {name: _graph_from_dict(record) for name, record in content["graphs"].items()}
+        record = _as_object(value, f"files.{name}")
+        where = f"files.{name}."
+        files[name] = (_text(record, "sha256", where), _count(record, "bytes", where))
+    graphs = {
+        name: _graph_from_dict(_as_object(record, f"graphs.{name}"), f"graphs.{name}.")
+        for name, record in _object(content, "graphs").items()
+    }
     missing = [name for name in GRAPH_FILES if name not in graphs]
     if missing:
-        raise ValueError(f"it lists no graph {missing[0]!r}")
+        raise _FieldError(f"it lists no graph {missing[0]!r}")
     for name, graph in graphs.items():
         if graph.file not in files:
-            raise ValueError(f"the graph {name!r} lies in {graph.file}, which is not listed")
+            raise _FieldError(f"the graph {name!r} lies in {graph.file}, which is not listed")
     for name in (TOKENIZER_FILE, *PROCESSOR_FILES[:2]):
         if name not in files:
-            raise ValueError(f"it does not list {name}")
+            raise _FieldError(f"it does not list {name}")
+    notes = _field(content, "notes")
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise _not_expected("notes", "a list of texts", notes)
     return Manifest(
-        exporter_version=_text(content["exporter_version"]),
-        checkpoint_sha256=_text(content["checkpoint_sha256"]),
-        embodiment=_text(content["embodiment"]),
-        robot=parse_robot(content["robot"], f"{source}: robot"),
-        action_horizon=_count(content["action_horizon"]),
-        denoising_steps=_count(content["denoising_steps"]),
-        timestep_buckets=_count(content["timestep_buckets"]),
+        exporter_version=_text(content, "exporter_version"),
+        checkpoint_sha256=_text(content, "checkpoint_sha256"),
+        embodiment=_text(content, "embodiment"),
+        robot=parse_robot(_field(content, "robot"), f"{source}: robot"),
+        action_horizon=_count(content, "action_horizon"),
+        denoising_steps=_count(content, "denoising_steps"),
+        timestep_buckets=_count(content, "timestep_buckets"),
         graphs=graphs,
         files=files,
-        notes=tuple(_text(note) for note in content["notes"]),
+        notes=tuple(notes),
     )
 
 
@@ -250,18 +267,44 @@ def _refuse_outside(name: str) -> None:
     # The manifest comes from disk like everything else: it must not lead out of the bundle.
     path = Path(name)
     if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"the file name {name!r} leads out of the bundle")
+        raise _FieldError(f"the file name {name!r} leads out of the bundle")
 
 
-def _text(value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{value!r:.80} is not a text")
+def _not_expected(where: str, expected: str, value: object) -> _FieldError:
+    try:
+        found = json.dumps(value)
+    except ValueError:  # an integer with more digits than Python prints
+        found = "a number of thousands of digits"
+    return _FieldError(f"{where} must be {expected}, not {found:.80}")
+
+
+def _field(record: Mapping[str, Any], name: str, where: str = "") -> Any:
+    if name not in record:
+        raise _FieldError(f"it has no field {where}{name}")
+    return record[name]
+
+
+def _as_object(value: object, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, dict):
+        raise _not_expected(where, "a JSON object", value)
     return value
 
 
-def _count(value: object) -> int:
+def _object(record: Mapping[str, Any], name: str, where: str = "") -> Mapping[str, Any]:
+    return _as_object(_field(record, name, where), where + name)
+
+
+def _text(record: Mapping[str, Any], name: str, where: str = "") -> str:
+    value = _field(record, name, where)
+    if not isinstance(value, str):
+        raise _not_expected(where + name, "a text", value)
+    return value
+
+
+def _count(record: Mapping[str, Any], name: str, where: str = "") -> int:
+    value = _field(record, name, where)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise TypeError(f"{value!r:.80} is not a positive whole number")
+        raise _not_expected(where + name, "a whole number of at least 1", value)
     return value
 
 
@@ -279,29 +322,41 @@ def _graph_to_dict(graph: GraphRecord) -> dict[str, Any]:
     return entries
 
 
-def _graph_from_dict(record: Mapping[str, Any]) -> GraphRecord:
-    precision = _text(record["precision"])
+def _graph_from_dict(record: Mapping[str, Any], where: str) -> GraphRecord:
+    def specs(direction: str) -> dict[str, TensorSpec]:
+        tensors = _object(record, direction, where)
+        inside = f"{where}{direction}."
+        return {n: _spec_from_dict(_object(tensors, n, inside), f"{inside}{n}.") for n in tensors}
+
+    precision = _text(record, "precision", where)
     if precision not in PRECISIONS:
-        raise ValueError(f"the precision {precision!r} is none of {PRECISIONS}")
-    quantization = record.get("quantization")
-    if (quantization is not None) != (precision == "int8"):
-        raise ValueError(
-            f"{record['file']}: an int8 graph, and no other, has a quantisation record"
+        raise _not_expected(f"{where}precision", f"one of {', '.join(PRECISIONS)}", precision)
+    if ("quantization" in record) != (precision == "int8"):
+        raise _FieldError(
+            f"{where}quantization: an int8 graph, and no other, has a quantisation record"
         )
     return GraphRecord(
-        file=_text(record["file"]),
+        file=_text(record, "file", where),
         precision=precision,
-        inputs={n: _spec_from_dict(s) for n, s in record["inputs"].items()},
-        outputs={n: _spec_from_dict(s) for n, s in record["outputs"].items()},
-        quantization=None if quantization is None else parse_record(quantization),
+        inputs=specs("inputs"),
+        outputs=specs("outputs"),
+        quantization=_quantization_from_dict(record, where) if precision == "int8" else None,
     )
 
 
-def _spec_from_dict(record: Mapping[str, Any]) -> TensorSpec:
-    shape = tuple(record["shape"])
-    if not all(isinstance(axis, (int, str)) for axis in shape):
-        raise TypeError(f"{shape!r:.80} is not a shape")
-    return TensorSpec(dtype=_text(record["dtype"]), shape=shape)
+def _quantization_from_dict(record: Mapping[str, Any], where: str) -> QuantizationRecord:
+    try:
+        return parse_record(_object(record, "quantization", where))
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
+        raise _FieldError(f"{where}quantization: {reason}") from error
+
+
+def _spec_from_dict(record: Mapping[str, Any], where: str) -> TensorSpec:
+    shape = _field(record, "shape", where)
+    if not isinstance(shape, list) or not all(isinstance(axis, (int, str)) for axis in shape):
+        raise _not_expected(f"{where}shape", "a list of lengths and axis names", shape)
+    return TensorSpec(dtype=_text(record, "dtype", where), shape=tuple(shape))
 
 
 def _ranks(spec: TensorSpec) -> tuple[int | None, ...]:

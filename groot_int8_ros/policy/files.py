@@ -1,15 +1,20 @@
 """Writing files so that a crash, a full disk or a Ctrl-C never leaves half of one.
 
-Owns: atomic writes and content hashes. Must not import anything of the package but its errors.
-A writer works on a temporary name in the same folder and renames at the end; POSIX makes that
-rename atomic, so a reader sees the old content or the new, never a mixture.
+Owns: atomic writes, their repair after a kill, and content hashes. Must not import anything of the
+package but its errors. A writer works on a temporary name in the same folder and renames at the
+end; POSIX makes that rename atomic, so a reader sees the old content or the new, never a mixture.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
+import fcntl
 import hashlib
+import logging
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -19,6 +24,15 @@ from groot_int8_ros.errors import OutputError
 
 _HASH_BLOCK_BYTES = 4 << 20
 _TEMPORARY_PREFIX = ".partial-"
+# `renameat2` of Linux, which Python does not wrap: swap two paths in one step.
+_AT_FDCWD = -100
+_RENAME_EXCHANGE = 2
+# What a kernel or a filesystem answers that knows no exchange.
+_NO_EXCHANGE = {errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP}
+# Only a write fails with these.
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
+
+_LOG = logging.getLogger(__name__)
 
 
 def sha256_of_file(path: Path) -> str:
@@ -30,26 +44,38 @@ def sha256_of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _explain(error: OSError, target: Path) -> OutputError:
-    # NumPy reports a write that was cut short without an errno.
-    reason = error.strerror or f"the disk may be full ({error})"
-    where = f" ({error.filename})" if error.filename else ""
-    return OutputError(
-        f"cannot write {target}: {reason}{where}. Nothing was left behind; free space or choose a "
-        "folder that is writable, then run the command again."
-    )
-
-
-def refuse_occupied(target: Path) -> None:
+def refuse_occupied(
+    target: Path, *, marker: str | None = None, what: str = "", replace: bool = False
+) -> None:
     """Refuse to write where something is already.
 
+    Args:
+        target: The file or folder to be written. What a killed `atomic_directory` moved aside is
+            put back first.
+        marker: File in a folder of the kind that may be replaced; None: nothing may be.
+        what: That kind with its article, such as `a bundle`.
+        replace: Whether the user asked for the replacement.
+
     Raises:
-        OutputError: `target` is a file, or a folder that is not empty.
+        OutputError: `target` is a file, or a folder that is not empty, and is not of that kind or
+            is not to be replaced.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    _repair(target.absolute())
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    if marker is None:
         raise OutputError(
             f"{target} exists and is not empty, so nothing was written to it: name a new folder, "
             "or remove this one first"
+        )
+    if not (target / marker).is_file():
+        raise OutputError(
+            f"{target} exists and is not {what}, so nothing was written to it: name a new folder"
+        )
+    if not replace:
+        raise OutputError(
+            f"{target} already holds {what}: add --force to replace it and all that is in it, or "
+            "name a new folder"
         )
 
 
@@ -61,69 +87,193 @@ def atomic_file(target: Path) -> Iterator[Path]:
         target: The final path. Its folder is made if it is missing.
 
     Yields:
-        A path in the same folder. The file there is removed if the block raises.
+        A path in the same folder. If the block raises, the file there is removed, and so are the
+        folders that were made for it.
 
     Raises:
-        OutputError: The folder cannot be made or written, or the disk is full.
+        OutputError: The folder cannot be made or written, or the disk is full. Errors of the block
+            that are not about its output pass as they are.
     """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(
-            prefix=_TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent
-        )
-        os.close(handle)
-    except OSError as error:
-        raise _explain(error, target) from error
-    temporary = Path(name)
-    try:
-        yield temporary
-        os.chmod(temporary, 0o666 & ~_current_umask())
-        os.replace(temporary, target)
-    except OSError as error:
-        raise _explain(error, target) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    target = target.absolute()
+    with _made_parents(target):
+        with _explained(target):
+            handle, name = tempfile.mkstemp(
+                prefix=_TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent
+            )
+            os.close(handle)
+        temporary = Path(name)
+        try:
+            with _explained_if_about(temporary, target):
+                yield temporary
+            with _explained(target):
+                os.chmod(temporary, 0o666 & ~_current_umask())
+                os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic_directory(target: Path) -> Iterator[Path]:
     """Give a temporary folder to fill, renamed to `target` when the block ends well.
 
-    An existing `target` is replaced only then; until that moment it stays whole.
+    An existing `target` is replaced only then; until that moment it stays whole. What an earlier
+    writer of the same target left when it was killed is put back or removed first.
 
     Args:
         target: The final folder.
 
     Yields:
-        A folder beside it, removed if the block raises.
+        A folder beside it. If the block raises, it is removed, and so are the folders that were
+        made for it.
 
     Raises:
-        OutputError: The folder cannot be made or written, or the disk is full.
+        OutputError: The folder cannot be made or written, or the disk is full. Errors of the block
+            that are not about its output pass as they are.
     """
     target = target.absolute()
-    working: Path | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        working = Path(
-            tempfile.mkdtemp(prefix=f"{_TEMPORARY_PREFIX}{target.name}-", dir=target.parent)
-        )
-        temporary, retired = working / "new", working / "old"
-        temporary.mkdir()
-        yield temporary
+    _repair(target)
+    prefix = f"{_TEMPORARY_PREFIX}{target.name}-"
+    working = lock = None
+    with _made_parents(target):
         try:
-            if target.exists():
-                os.replace(target, retired)
-            os.replace(temporary, target)
-        except BaseException:
-            # Also for an interrupt between the two renames: the old content is still whole.
-            if retired.exists() and not target.exists():
-                os.replace(retired, target)
-            raise
+            with _explained(target):
+                working = Path(tempfile.mkdtemp(prefix=prefix, dir=target.parent))
+                lock = os.open(working, os.O_RDONLY)
+                _try_lock(lock)
+                # Only from here on can another writer take this folder for one that was left.
+                (temporary := working / "new").mkdir()
+            with _explained_if_about(working, target):
+                yield temporary
+            with _explained(target):
+                _move_into_place(temporary, target, working / "old")
+        finally:
+            if working is not None:
+                shutil.rmtree(working, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _move_into_place(temporary: Path, target: Path, retired: Path) -> None:
+    if os.path.lexists(target) and _exchange(temporary, target):
+        return
+    try:
+        if os.path.lexists(target):
+            os.replace(target, retired)
+        os.replace(temporary, target)
+    except BaseException:
+        # Also for an interrupt between the two renames: the old content is still whole.
+        if os.path.lexists(retired) and not os.path.lexists(target):
+            os.replace(retired, target)
+        raise
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two paths in one step; return False where kernel or filesystem cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    names = os.fsencode(first), os.fsencode(second)
+    if renameat2(_AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _NO_EXCHANGE:
+        return False
+    raise OSError(number, os.strerror(number), str(second))
+
+
+def _try_lock(descriptor: int) -> bool:
+    """Lock a folder until it is closed or the process ends, however it ends.
+
+    Returns:
+        False if another process holds it, or the filesystem has no such locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _repair(target: Path) -> None:
+    """Put back or remove what writers of `target` left that were killed."""
+    # The random part of a name that mkdtemp makes has no dash: no other target's name fits.
+    name = re.compile(re.escape(f"{_TEMPORARY_PREFIX}{target.name}-") + "[a-z0-9_]+")
+    left = [path for path in target.parent.glob(".*") if name.fullmatch(path.name)]
+    for working in left:
+        with _explained(target):
+            try:
+                lock = os.open(working, os.O_RDONLY | os.O_DIRECTORY)
+            except OSError:
+                continue  # gone meanwhile, or another user's
+            try:
+                if not any((working / part).exists() for part in ("new", "old")):
+                    continue
+                if not _try_lock(lock):
+                    continue
+                if (working / "old").exists() and not os.path.lexists(target):
+                    os.replace(working / "old", target)
+                    _LOG.warning("%s is back: a writer was killed while replacing it", target)
+                shutil.rmtree(working, ignore_errors=True)
+            finally:
+                os.close(lock)
+
+
+@contextlib.contextmanager
+def _made_parents(target: Path) -> Iterator[None]:
+    """Make the missing folders above `target`, and remove those again if the block raises."""
+    made: list[Path] = []
+    try:
+        with _explained(target):
+            for folder in reversed([path for path in target.parents if not path.exists()]):
+                with contextlib.suppress(FileExistsError):
+                    folder.mkdir()
+                    made.append(folder)
+            target.parent.mkdir(exist_ok=True)  # an error if it is a file
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else uses one: it and those above stay
+            for folder in reversed(made):
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
+def _explained(target: Path) -> Iterator[None]:
+    """Say of any OSError that `target` cannot be written."""
+    try:
+        yield
     except OSError as error:
-        raise _explain(error, target) from error
-    finally:
-        if working is not None:
-            shutil.rmtree(working, ignore_errors=True)
+        # NumPy reports a write that was cut short without an errno.
+        reason = error.strerror or f"the disk may be full ({error})"
+        where = f" ({error.filename})" if error.filename else ""
+        raise OutputError(
+            f"cannot write {target}: {reason}{where}. Nothing was left behind; free space or "
+            "choose a folder that is writable, then run the command again."
+        ) from error
+
+
+@contextlib.contextmanager
+def _explained_if_about(temporary: Path, target: Path) -> Iterator[None]:
+    """Say so of those errors that come from writing; a caller's block also reads and prints."""
+    try:
+        yield
+    except OSError as error:
+        if not _is_about(error, temporary):
+            raise
+        with _explained(target):
+            raise
+
+
+def _is_about(error: OSError, temporary: Path) -> bool:
+    # `shutil.copyfile` names its source first and what it writes second, whichever was at fault.
+    names = [
+        str(name) for name in (error.filename, error.filename2) if isinstance(name, (str, Path))
+    ]
+    inside = [Path(name).absolute().is_relative_to(temporary) for name in names]
+    if error.errno in _WRITE_ERRORS:
+        return not names or any(inside)
+    # NumPy's own words for a write that was cut short.
+    return inside[:1] == [True] or (error.errno is None and "written" in str(error))
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -146,7 +146,8 @@ class Policy:
 
         Args:
             observer: Called before each run of a graph with its name (see `GRAPH_FILES`) and its
-                inputs, in the order of the runs. It must not change the arrays.
+                inputs, in the order of the runs. It must not change the arrays, and copies what
+                it keeps: an engine may use its output buffers again.
         """
         if self._observer is not None:
             raise RuntimeError("the policy is observed already")

@@ -29,11 +29,14 @@ class LayerScheme:
         range_method: How the scale of `static` was chosen, one of `RANGE_METHODS`; None for `row`.
         migration_alpha: Strength of the SmoothQuant migration from input to weight channels, from
             0 (the weights alone decide) to 1 (the input alone); None for no migration.
+        rotation: Length of the blocks of channels that a Hadamard rotation mixes, a power of two
+            that divides the number of channels; None for no rotation.
     """
 
     activation: str
     range_method: str | None = None
     migration_alpha: float | None = None
+    rotation: int | None = None
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
@@ -42,6 +45,11 @@ class LayerScheme:
             raise ValueError("the activation 'row' needs no range method")
         if self.activation == "static" and self.range_method not in RANGE_METHODS:
             raise ValueError(f"range method {self.range_method!r} is none of {RANGE_METHODS}")
+        if self.rotation is not None:
+            if self.rotation < 2 or self.rotation & (self.rotation - 1):
+                raise ValueError(f"rotation blocks of {self.rotation} are no power of two")
+            if self.activation == "static":
+                raise ValueError("a rotation goes with the activation 'row'")
         if self.migration_alpha is not None:
             if not 0.0 <= self.migration_alpha <= 1.0:
                 raise ValueError(f"migration alpha {self.migration_alpha} is not from 0 to 1")
@@ -54,7 +62,8 @@ class LayerScheme:
     def name(self) -> str:
         """The scheme as tables print it, such as `static-entropy` or `row+migration`."""
         name = f"static-{self.range_method}" if self.activation == "static" else "row"
-        return name if self.migration_alpha is None else f"{name}+migration"
+        name += "" if self.migration_alpha is None else "+migration"
+        return name if self.rotation is None else f"{name}+rotation"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the scheme as it stands in the manifest."""
@@ -62,6 +71,7 @@ class LayerScheme:
             "activation": self.activation,
             "range_method": self.range_method,
             "migration_alpha": self.migration_alpha,
+            "rotation": self.rotation,
         }
         return {key: value for key, value in entries.items() if value is not None}
 
@@ -113,7 +123,7 @@ def parse_record(content: Mapping[str, Any]) -> QuantizationRecord:
     """
     layers = {}
     for name, entry in content["layers"].items():
-        unknown = set(entry) - {"activation", "range_method", "migration_alpha"}
+        unknown = set(entry) - {"activation", "range_method", "migration_alpha", "rotation"}
         if unknown:
             raise ValueError(f"the layer {name} has the unknown entry {min(unknown)!r}")
         try:
@@ -121,6 +131,7 @@ def parse_record(content: Mapping[str, Any]) -> QuantizationRecord:
                 activation=entry["activation"],
                 range_method=entry.get("range_method"),
                 migration_alpha=entry.get("migration_alpha"),
+                rotation=entry.get("rotation"),
             )
         except ValueError as error:
             raise ValueError(f"the layer {name}: {error}") from error

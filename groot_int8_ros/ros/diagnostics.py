@@ -175,20 +175,17 @@ def diagnostic_array(report: NodeReport) -> DiagnosticArray:
     """Return the report as a message for `/diagnostics`."""
     statuses = [
         _engine(report),
-        *(_stream(report, status) for status in report.streams),
+        *(stream_status(status, report.now_ns, report.max_age_s) for status in report.streams),
         _instruction(report),
         _inference(report.inference),
     ]
-    for status in statuses:
-        status.name = f"{report.node_name}: {status.name}"
-    array = DiagnosticArray(status=statuses)
-    array.header.stamp = time_message(report.now_ns)
-    return array
+    return status_array(report.node_name, report.now_ns, statuses)
 
 
-def _status(
+def status_message(
     name: str, level: bytes, message: str, values: Mapping[str, Any] | None = None
 ) -> DiagnosticStatus:
+    """Return one status of this package's hardware id; values are written as text."""
     return DiagnosticStatus(
         name=name,
         level=level,
@@ -198,16 +195,40 @@ def _status(
     )
 
 
+def status_array(
+    node_name: str, now_ns: int, statuses: Sequence[DiagnosticStatus]
+) -> DiagnosticArray:
+    """Return statuses as a node's message for `/diagnostics`.
+
+    Args:
+        node_name: Fully qualified, without the leading slash; put before every status' name.
+        now_ns: ROS time.
+        statuses: Their names are changed.
+    """
+    for status in statuses:
+        status.name = f"{node_name}: {status.name}"
+    array = DiagnosticArray(status=list(statuses))
+    array.header.stamp = time_message(now_ns)
+    return array
+
+
 def _engine(report: NodeReport) -> DiagnosticStatus:
     values = {"lifecycle": report.lifecycle, **report.engine}
     if report.failure:
-        return _status("engine", ERROR, report.failure, values)
+        return status_message("engine", ERROR, report.failure, values)
     if not report.engine:
-        return _status("engine", STALE, f"{report.lifecycle}: no bundle is loaded", values)
-    return _status("engine", OK, report.lifecycle, values)
+        return status_message("engine", STALE, f"{report.lifecycle}: no bundle is loaded", values)
+    return status_message("engine", OK, report.lifecycle, values)
 
 
-def _stream(report: NodeReport, status: StreamStatus) -> DiagnosticStatus:
+def stream_status(status: StreamStatus, now_ns: int, max_age_s: float) -> DiagnosticStatus:
+    """Return what is to be told of one input stream.
+
+    Args:
+        status: From `ObservationBuffer.status`.
+        now_ns: ROS time.
+        max_age_s: See `ObservationBuffer.assemble`.
+    """
     silence = "never" if status.silence_s is None else f"{status.silence_s:.3f}"
     values = {
         "topic": status.stream.topic,
@@ -215,20 +236,22 @@ def _stream(report: NodeReport, status: StreamStatus) -> DiagnosticStatus:
         "seconds since last message": silence,
         "stamp_ns": "none" if status.stamp_ns is None else status.stamp_ns,
     }
-    fault = stamp_fault(status.stream, status.stamp_ns, report.now_ns, report.max_age_s)
+    fault = stamp_fault(status.stream, status.stamp_ns, now_ns, max_age_s)
     if fault:
-        return _status(status.stream.name, ERROR, f"{fault.reason}: {fault.message}", values)
-    return _status(status.stream.name, OK, "fresh", values)
+        return status_message(
+            status.stream.name, ERROR, f"{fault.reason}: {fault.message}", values
+        )
+    return status_message(status.stream.name, OK, "fresh", values)
 
 
 def _instruction(report: NodeReport) -> DiagnosticStatus:
     values = {"instruction": report.instruction[:200]}
     checked, fault = report.inference.checked_instruction
     if checked != report.instruction:
-        return _status("instruction", STALE, "not checked yet", values)
+        return status_message("instruction", STALE, "not checked yet", values)
     if fault:
-        return _status("instruction", ERROR, fault, values)
-    return _status("instruction", OK, "accepted", values)
+        return status_message("instruction", ERROR, fault, values)
+    return status_message("instruction", OK, "accepted", values)
 
 
 def _inference(report: InferenceReport) -> DiagnosticStatus:
@@ -241,6 +264,6 @@ def _inference(report: InferenceReport) -> DiagnosticStatus:
         values[f"{stage} max ms"] = f"{latency.max_s * 1e3:.3f}"
     if report.hold:
         message = f"holding: {report.hold.reason}: {report.hold.message}"
-        return _status("inference", ERROR if report.errors else WARN, message, values)
+        return status_message("inference", ERROR if report.errors else WARN, message, values)
     level = STALE if report.state == "stopped" else OK
-    return _status("inference", level, report.state, values)
+    return status_message("inference", level, report.state, values)

@@ -1,4 +1,4 @@
-"""Joint states to the policy's state, action chunks to joint trajectories.
+"""Joint states to the policy's state, action chunks to joint trajectories and back.
 
 Owns: the pairing of joint names with state and action dimensions. Must not import rclpy: it works
 on messages alone, so a bag reader uses it too. The arithmetic of units, signs and offsets is
@@ -169,6 +169,56 @@ class TrajectoryWriter:
             )
         ]
         return trajectory
+
+
+class TrajectoryReader:
+    """Turns published trajectories back into action chunks: the inverse of `TrajectoryWriter`.
+
+    Args:
+        action_joints: Action key to its joints, in the order of the key's dimensions.
+        topic: Named in errors.
+    """
+
+    def __init__(self, action_joints: Mapping[str, Sequence[JointSpec]], topic: str) -> None:
+        self._joints = {key: tuple(joints) for key, joints in action_joints.items()}
+        self._topic = topic
+
+    def read(self, message: Any) -> dict[str, Float32Array]:
+        """Return the targets, key by key, in the checkpoint's units.
+
+        Args:
+            message: A `trajectory_msgs/JointTrajectory`, its joints in any order.
+
+        Returns:
+            Action key to float32, shape (steps, D).
+
+        Raises:
+            ObservationError: A joint is missing, or a point lacks positions.
+        """
+        place = {name: index for index, name in enumerate(message.joint_names)}
+        missing = [
+            joint.name
+            for joints in self._joints.values()
+            for joint in joints
+            if joint.name not in place
+        ]
+        widths = {len(point.positions) for point in message.points}
+        if missing or widths != {len(message.joint_names)}:
+            raise ObservationError(
+                f"chunk on {self._topic}: "
+                + (f"missing {', '.join(missing)}" if missing else "points without positions")
+                + ". It comes from a policy node with another bundle or other joint names."
+            )
+        positions = np.array([point.positions for point in message.points], np.float64)
+        return {
+            key: np.stack(
+                [
+                    joint_to_policy(joints, row[[place[joint.name] for joint in joints]].tolist())
+                    for row in positions
+                ]
+            ).astype(np.float32)
+            for key, joints in self._joints.items()
+        }
 
 
 def _duration(seconds: float) -> Duration:

@@ -7,7 +7,7 @@ conversion happens in `read`, in the thread that asks for an observation.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from groot_int8_ros.policy.types import JointSpec, Observation, UInt8Array
+from groot_int8_ros.policy.types import Float32Array, JointSpec, Observation, UInt8Array
 from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
 from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
 from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
@@ -37,6 +37,8 @@ class ObservationStreams:
         cameras: Topic and transport of each camera.
         state_joints: State key to its joints.
         parameters: Joint-state topic and quality of service.
+        seen: Called with stream name, message and stamp of everything that arrives, in the
+            executor's thread.
 
     Raises:
         ConfigurationError: No converter for images can be imported.
@@ -48,8 +50,10 @@ class ObservationStreams:
         cameras: Sequence[CameraParameters],
         state_joints: Mapping[str, Sequence[JointSpec]],
         parameters: NodeParameters,
+        seen: Callable[[str, Any, int], None] = lambda name, message, stamp: None,
     ) -> None:
         self._node = node
+        self._seen = seen
         self._cameras = tuple(cameras)
         self.bridge_name, self._bridge = load_bridge()
         qos = QoSProfile(
@@ -98,10 +102,18 @@ class ObservationStreams:
         """
         return Observation(
             images={camera.key: self._frame(camera, snapshot) for camera in self._cameras},
-            state=self._joint_states.read(snapshot.samples[JOINT_STATE].message),
+            state=self.read_state(snapshot),
             instruction=instruction,
             stamp_ns=snapshot.stamp_ns,
         )
+
+    def read_state(self, snapshot: Snapshot) -> dict[str, Float32Array]:
+        """Convert a snapshot's joint state alone, as `read` does.
+
+        Raises:
+            ObservationError: The message cannot be used; the error names topic and reason.
+        """
+        return self._joint_states.read(snapshot.samples[JOINT_STATE].message)
 
     def close(self) -> None:
         """Remove the subscriptions."""
@@ -110,7 +122,9 @@ class ObservationStreams:
         self._subscriptions.clear()
 
     def _store(self, name: str, message: Any) -> None:
-        self.buffer.store(name, message, stamp_ns(message.header))
+        stamp = stamp_ns(message.header)
+        self._seen(name, message, stamp)
+        self.buffer.store(name, message, stamp)
 
     def _frame(self, camera: CameraParameters, snapshot: Snapshot) -> UInt8Array:
         name = camera_stream_name(camera.key)

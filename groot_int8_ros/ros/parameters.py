@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Generic, TypeVar, get_args
 
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -126,8 +126,8 @@ class RobotParameters:
 
 
 @dataclass(frozen=True)
-class _Declaration:
-    """One parameter of `NodeParameters`.
+class Declaration:
+    """One parameter.
 
     Attributes:
         default: Also fixes the type.
@@ -150,71 +150,74 @@ class _Declaration:
     read_only: bool = False
 
 
-PARAMETERS: Mapping[str, _Declaration] = {
-    "bundle": _Declaration("", "Folder of the bundle that `groot-int8 export` wrote. Required."),
-    "engine": _Declaration("onnxruntime", "Engine that runs the bundle's graphs."),
-    "threads": _Declaration(
+PARAMETERS: Mapping[str, Declaration] = {
+    "bundle": Declaration("", "Folder of the bundle that `groot-int8 export` wrote. Required."),
+    "engine": Declaration("onnxruntime", "Engine that runs the bundle's graphs."),
+    "threads": Declaration(
         0, "CPU threads inside the engine; 0 leaves the choice to it.", low=0, high=256
     ),
-    "seed": _Declaration(
+    "seed": Declaration(
         0,
         "Seed of the noise. A chunk depends on this, the observation and its stamp alone.",
         low=0,
         high=2**32 - 1,
         live=True,
     ),
-    "instruction": _Declaration(
+    "instruction": Declaration(
         "",
         "Task in natural language. The newest of this parameter and the instruction topic counts; "
         "while it is empty the node holds.",
         live=True,
     ),
-    "instruction_topic": _Declaration(
+    "instruction_topic": Declaration(
         "instruction", "Topic of std_msgs/String that replaces the instruction.", is_topic=True
     ),
-    "joint_state_topic": _Declaration(
+    "joint_state_topic": Declaration(
         "joint_states", "Topic of sensor_msgs/JointState.", is_topic=True
     ),
-    "chunk_topic": _Declaration(
+    "chunk_topic": Declaration(
         "~/action_chunk",
         "Topic of trajectory_msgs/JointTrajectory on which action chunks are published.",
         is_topic=True,
     ),
-    "inference_rate_hz": _Declaration(
+    "inference_rate_hz": Declaration(
         5.0, "Most inferences a second.", low=0.01, high=200.0, live=True
     ),
-    "max_observation_age_s": _Declaration(
+    "max_observation_age_s": Declaration(
         0.5,
         "The node holds when a camera frame or joint state is older than this, in ROS time.",
         low=0.001,
         high=3600.0,
         live=True,
     ),
-    "max_observation_skew_s": _Declaration(
+    "max_observation_skew_s": Declaration(
         0.1,
         "The node holds when the stamps of two inputs lie further apart than this.",
         low=0.0,
         high=3600.0,
         live=True,
     ),
-    "sensor_qos.reliability": _Declaration(
+    "sensor_qos.reliability": Declaration(
         "best_effort",
         "Reliability of the camera and joint-state subscriptions.",
         choices=("best_effort", "reliable"),
     ),
-    "sensor_qos.depth": _Declaration(
+    "sensor_qos.depth": Declaration(
         1,
         "Queue of each camera and joint-state subscription; only the newest message is used.",
         low=1,
         high=1000,
     ),
-    "autostart": _Declaration(
+    "autostart": Declaration(
         False, "Whether the node configures and activates itself at start.", read_only=True
     ),
 }
 
 
-class Parameters:
+P = TypeVar("P", bound=NodeParameters)
+
+
+class ParameterSet(Generic[P]):
     """A node's parameters: declared, checked and kept up to date.
 
     The node must have been made with `automatically_declare_parameters_from_overrides`; that is
@@ -223,7 +226,9 @@ class Parameters:
     Args:
         node: Whose parameters.
         is_configured: Tells whether a bundle is loaded; then only live parameters may change.
-        changed: Called with the names of `PARAMETERS` that were set after the start.
+        changed: Called with the names of `declarations` that were set after the start.
+        declarations: Every parameter that does not depend on the bundle.
+        make: Makes the frozen dataclass from their values, with `_` for each dot of a name.
 
     Raises:
         ConfigurationError: A value has the wrong type or lies outside its range.
@@ -234,19 +239,22 @@ class Parameters:
         node: Node,
         is_configured: Callable[[], bool],
         changed: Callable[[Collection[str]], None],
+        declarations: Mapping[str, Declaration],
+        make: Callable[..., P],
     ) -> None:
         self._node = node
         self._is_configured = is_configured
         self._changed = changed
+        self._declarations = declarations
         # What each name was last declared with: a value that differs was set by the user since.
         self._declared: dict[str, Any] = {}
         values = {}
-        for name, declaration in PARAMETERS.items():
+        for name, declaration in declarations.items():
             values[name] = self._declare(name, declaration.default, _descriptor(declaration))
-            fault = _fault(name, values[name])
+            fault = _fault(declaration, name, values[name])
             if fault:
                 raise ConfigurationError(fault)
-        self.current = NodeParameters(**{_field(name): value for name, value in values.items()})
+        self.current: P = make(**{_field(name): value for name, value in values.items()})
         node.add_on_set_parameters_callback(self._change)
 
     def declare_robot(self, robot: RobotDescription) -> RobotParameters:
@@ -276,7 +284,7 @@ class Parameters:
         configured = self._is_configured()
         updates = {}
         for change in changes:
-            declaration = PARAMETERS.get(change.name)
+            declaration = self._declarations.get(change.name)
             fixed = (
                 not declaration.live if declaration else change.name.startswith(_BUNDLE_PREFIXES)
             )
@@ -287,7 +295,7 @@ class Parameters:
                     "transitions deactivate and cleanup, set it, then configure",
                 )
             if declaration:
-                fault = _fault(change.name, change.value)
+                fault = _fault(declaration, change.name, change.value)
                 if fault:
                     return SetParametersResult(successful=False, reason=fault)
                 updates[_field(change.name)] = change.value
@@ -405,12 +413,24 @@ class Parameters:
         return kept.value
 
 
+class Parameters(ParameterSet[NodeParameters]):
+    """The policy node's; see `ParameterSet`."""
+
+    def __init__(
+        self,
+        node: Node,
+        is_configured: Callable[[], bool],
+        changed: Callable[[Collection[str]], None],
+    ) -> None:
+        """Declare `PARAMETERS`; see `ParameterSet` for the arguments."""
+        super().__init__(node, is_configured, changed, PARAMETERS, NodeParameters)
+
+
 def _field(name: str) -> str:
     return name.replace(".", "_")
 
 
-def _fault(name: str, value: Any) -> str | None:
-    declaration = PARAMETERS[name]
+def _fault(declaration: Declaration, name: str, value: Any) -> str | None:
     if declaration.choices and value not in declaration.choices:
         return f"parameter '{name}' must be one of {', '.join(declaration.choices)}, not {value!r}"
     return _topic_fault(name, value) if declaration.is_topic else None
@@ -424,7 +444,7 @@ def _topic_fault(name: str, topic: str) -> str | None:
     return None
 
 
-def _descriptor(declaration: _Declaration) -> ParameterDescriptor:
+def _descriptor(declaration: Declaration) -> ParameterDescriptor:
     descriptor = ParameterDescriptor(
         description=declaration.description, read_only=declaration.read_only
     )

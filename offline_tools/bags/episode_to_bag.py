@@ -6,7 +6,8 @@ the bag appears under its name when it is complete.
 
 A dataset holds the policy's values (often degrees), a robot publishes radians: with `--robot`
 joints get the robot's names and units, so that the node's mapping gives the dataset's values
-back. Without it names and values are the recorded ones.
+back; with `--bundle` they are those that the bundle's node expects. Without either, names and
+values are the recorded ones.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ import numpy as np
 from rosbags.rosbag2 import StoragePlugin, Writer
 
 from groot_int8_ros.errors import ConfigurationError, OutputError
-from groot_int8_ros.policy.files import atomic_directory
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.robot import RobotDescription, load_robot, policy_to_joint
 from groot_int8_ros.policy.types import Float64Array, JointSpec, UInt8Array
+from groot_int8_ros.ros.topics import camera_name_in_topic
 from offline_tools.bags import messages
 from offline_tools.bags.messages import Compression, RawEncoding
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset, Modality
@@ -37,6 +40,7 @@ DEFAULT_START_TIME_NS = 1_700_000_000_000_000_000
 
 # Version 9 changed how QoS is written; Humble reads up to 8, and every later release reads 8.
 _METADATA_VERSION: Literal[8] = 8
+_MARKER = "metadata.yaml"
 _LAST_STAMP_NS = (2**31 - 1) * 1_000_000_000
 _TOPIC = re.compile(r"(/[A-Za-z_][A-Za-z0-9_]*)+")
 
@@ -95,7 +99,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--episode", type=int, required=True, metavar="N", help="its number")
     parser.add_argument("--output", type=Path, required=True, help="bag folder to write")
     parser.add_argument("--force", action="store_true", help="replace a bag that is there")
-    parser.add_argument("--storage", choices=["mcap", "sqlite3"], default=defaults.storage)
     parser.add_argument(
         "--compressed",
         choices=messages.COMPRESSIONS,
@@ -117,10 +120,23 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--max-frames", type=int, metavar="N", help="only the first N frames")
     parser.add_argument(
+        "--storage",
+        choices=["mcap", "sqlite3"],
+        default=defaults.storage,
+        help="rosbag2 storage (default: %(default)s)",
+    )
+    published = parser.add_mutually_exclusive_group()
+    published.add_argument(
+        "--bundle",
+        type=Path,
+        help="publish joint names and units as the robot of this bundle does: what a node that "
+        "runs the bundle expects",
+    )
+    published.add_argument(
         "--robot",
         type=Path,
         metavar="YAML",
-        help="robot description: publish its joint names and units instead of the recorded ones",
+        help="likewise, from a robot description (default: the recorded names and values)",
     )
     parser.add_argument(
         "--instruction-key", metavar="KEY", help="annotation with the instruction, if several"
@@ -155,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
             instruction_topic=args.instruction_topic,
             instruction_key=args.instruction_key,
         ),
-        robot=load_robot(args.robot) if args.robot else None,
+        robot=_robot(args),
         replace=args.force,
     )
     size = sum(path.stat().st_size for path in args.output.iterdir())
@@ -163,6 +179,13 @@ def run(args: argparse.Namespace) -> int:
     for topic, count in counts.items():
         print(f"  {count:6d}  {topic}")
     return 0
+
+
+def _robot(args: argparse.Namespace) -> RobotDescription | None:
+    if args.bundle:
+        # The manifest alone is used, so the graphs need not be read through.
+        return open_bundle(args.bundle, verify_hashes=False).manifest.robot
+    return load_robot(args.robot) if args.robot else None
 
 
 def convert_episode(
@@ -193,7 +216,7 @@ def convert_episode(
         OutputError: `output` is there already or cannot be written; nothing is left behind.
     """
     _check_options(options)
-    _check_output(output, replace=replace)
+    refuse_occupied(output, marker=_MARKER, what="a bag", replace=replace)
     dataset = LeRobotDataset.open(dataset_path)
     episode = dataset.episode(episode_index, options.instruction_key)
     image_topics = _image_topics(dataset, options)
@@ -298,21 +321,6 @@ def _check_options(options: BagOptions) -> None:
         )
 
 
-def _check_output(output: Path, *, replace: bool) -> None:
-    if not output.exists() and not output.is_symlink():
-        return
-    if not replace:
-        raise OutputError(
-            f"{output} is there already and was left as it is; name another folder or add --force."
-        )
-    if not (output / "metadata.yaml").is_file() and not (
-        output.is_dir() and not any(output.iterdir())
-    ):
-        raise OutputError(
-            f"{output} is not a bag, so --force does not replace it; name another folder."
-        )
-
-
 def _image_topics(dataset: LeRobotDataset, options: BagOptions) -> dict[str, str]:
     suffix = "/compressed" if options.compression else ""
     if len(dataset.cameras) > 1 and "{camera}" not in options.image_topic:
@@ -321,7 +329,7 @@ def _image_topics(dataset: LeRobotDataset, options: BagOptions) -> dict[str, str
             "topic; put {camera} into it."
         )
     return {
-        key: options.image_topic.replace("{camera}", re.sub(r"[^A-Za-z0-9_]", "_", key)) + suffix
+        key: options.image_topic.replace("{camera}", camera_name_in_topic(key)) + suffix
         for key in dataset.cameras
     }
 

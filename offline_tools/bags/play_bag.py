@@ -28,6 +28,8 @@ import numpy as np
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosReliability, QosTime
 
 from groot_int8_ros.errors import BagError, ConfigurationError
+from offline_tools.arguments import not_negative_float, positive_float
+from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
 from offline_tools.bags.reading import Bag, BagTopic, open_bag
 
 _NANOSECONDS = 1_000_000_000
@@ -35,6 +37,9 @@ _DEFAULT_CLOCK_HZ = 100.0
 _SUBSCRIBER_POLL_S = 0.05
 # A node's subscriptions are discovered within a fraction of this of each other.
 _SUBSCRIBERS_SETTLED_S = 1.0
+# What is published before the receivers are discovered is lost, so playback waits that long for
+# them unless told otherwise.
+_DISCOVERY_S = 5.0
 # Fast DDS asks reliable subscribers every 3 s what they have.
 _ACKNOWLEDGE_S = 3.5
 _ACKNOWLEDGE_POLL_S = 0.1
@@ -127,21 +132,20 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "ROS_DOMAIN_ID, RMW_IMPLEMENTATION and the other ROS variables count as for any node.\n"
         "Fast DDS loses large raw images with its default transports; set this for player and\n"
         "receivers alike:\n"
-        '  FASTDDS_BUILTIN_TRANSPORTS="LARGE_DATA?max_msg_size=4MB&sockets_size=4MB'
-        '&non_blocking=true&tcp_negotiation_timeout=50"\n'
+        f'  {TRANSPORTS_VARIABLE}="{LARGE_IMAGE_TRANSPORTS}"\n'
         "\n"
         "exit codes: 0 played to the end, 130 SIGINT, 143 SIGTERM, 2 a wrong bag or option."
     )
     parser.add_argument("bag", type=Path, help="rosbag2 folder, or one .mcap or .db3 file")
     parser.add_argument(
-        "--rate", type=_positive, default=1.0, metavar="R", help="speed (default: 1)"
+        "--rate", type=positive_float, default=1.0, metavar="R", help="speed (default: 1)"
     )
     parser.add_argument(
         "--loop", action="store_true", help="start again at the end; time jumps back"
     )
     parser.add_argument(
         "--clock",
-        type=_positive,
+        type=positive_float,
         nargs="?",
         const=_DEFAULT_CLOCK_HZ,
         metavar="HZ",
@@ -155,20 +159,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--start-offset",
-        type=_not_negative,
+        type=not_negative_float,
         default=0.0,
         metavar="S",
         help="begin S seconds of bag time after its start",
     )
     parser.add_argument(
-        "--duration", type=_positive, metavar="S", help="play S seconds of bag time"
+        "--duration", type=positive_float, metavar="S", help="play S seconds of bag time"
     )
     parser.add_argument(
         "--wait-for-subscribers",
-        type=_positive,
+        type=not_negative_float,
         metavar="S",
         help="wait until each topic has a subscriber, or those that have one have not changed for "
-        f"{_SUBSCRIBERS_SETTLED_S:g} s; give up after S seconds with none at all",
+        f"{_SUBSCRIBERS_SETTLED_S:g} s; fail after S seconds with none at all; 0 does not wait "
+        f"(default: wait up to {_DISCOVERY_S:g} s, then play to nobody)",
     )
 
 
@@ -189,8 +194,7 @@ def run(args: argparse.Namespace) -> int:
                 for topic in topics
             }
             clock = _ClockPublisher(node, args.clock) if args.clock is not None else None
-            if args.wait_for_subscribers is not None:
-                _wait_for_subscribers(publishers, args.wait_for_subscribers, stop)
+            _wait_for_subscribers(publishers, args.wait_for_subscribers, stop)
             tally = Tally(dict.fromkeys(publishers, 0))
             print(
                 f"playing {len(publishers)} topics of {args.bag}, "
@@ -382,8 +386,12 @@ def _ros_node() -> Iterator[Any]:
 
 
 def _wait_for_subscribers(
-    publishers: Mapping[str, RawPublisher], limit_s: float, stop: StopSignals
+    publishers: Mapping[str, RawPublisher], asked_s: float | None, stop: StopSignals
 ) -> None:
+    """Wait until whoever listens has been discovered; `asked_s` is what the user asked for."""
+    limit_s = _DISCOVERY_S if asked_s is None else asked_s
+    if limit_s == 0.0:
+        return
     deadline_s = time.monotonic() + limit_s
     counts: dict[str, int] = {}
     changed_s = time.monotonic()
@@ -398,7 +406,7 @@ def _wait_for_subscribers(
             break
         if not stop.wait_until(now_s + _SUBSCRIBER_POLL_S):
             return
-    if len(without) == len(counts):
+    if len(without) == len(counts) and asked_s is not None:
         raise BagError(
             f"nobody subscribed to any of {', '.join(counts)} within {limit_s:g} s; start the "
             "receiving node first, and give it the same ROS_DOMAIN_ID."
@@ -417,17 +425,3 @@ def _wait_for_acknowledgement(publishers: Mapping[str, RawPublisher], stop: Stop
         while stop.received is None and time.monotonic() < deadline_s:
             if publisher.wait_for_all_acked(poll):
                 break
-
-
-def _positive(text: str) -> float:
-    value = float(text)
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not zero or a positive number")
-    return value

@@ -13,6 +13,7 @@ from groot_int8_ros.capture.coverage import measure_coverage
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy
+from offline_tools import arguments
 from offline_tools.calibration.run import Skipped, Source, capture, complete
 
 DEFAULT_SAMPLES = 128
@@ -36,12 +37,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--samples",
-        type=int,
+        type=arguments.positive_int,
         default=DEFAULT_SAMPLES,
         help="observations to keep, spread over the recording (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=DEFAULT_SEED, help="of the noise (default: %(default)s)"
+        "--seed",
+        type=arguments.seed,
+        default=DEFAULT_SEED,
+        help="of the noise (default: %(default)s)",
     )
     parser.add_argument(
         "--episodes", help="episodes of --dataset, such as 0,3-5 (default: all of them)"
@@ -60,16 +64,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--resume", action="store_true", help="go on with a store that was interrupted"
     )
     parser.add_argument(
-        "--threads", type=int, help="CPU threads of the engine (default: its choice)"
+        "--threads",
+        type=arguments.positive_int,
+        help="CPU threads of the engine (default: its choice)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Capture or complete, print the coverage report and write it beside the samples."""
-    if args.samples < 1:
-        raise ConfigurationError("--samples must be at least 1")
-    if not 0 <= args.seed < 2**32:
-        raise ConfigurationError("--seed must be from 0 to 2**32 - 1")
     output: Path = args.output or args.bundle / CALIBRATION_FOLDER
     captured = CaptureStore.open(args.complete) if args.complete else None
     policy = Policy.load(args.bundle, threads=args.threads)

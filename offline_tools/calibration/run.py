@@ -21,8 +21,8 @@ from groot_int8_ros.capture.sample import (
     DitInputs,
 )
 from groot_int8_ros.capture.selection import Candidate, Selector
-from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
-from groot_int8_ros.errors import CaptureError, ObservationError
+from groot_int8_ros.capture.store import INDEX_FILE, CaptureMeta, CaptureStore, CaptureWriter
+from groot_int8_ros.errors import CaptureError, ObservationError, OutputError
 from groot_int8_ros.policy.engines import Tensors
 from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.policy import Policy, draw_noise
@@ -125,7 +125,7 @@ def capture(
     meta = CaptureMeta.of_bundle(policy.manifest, source.name, seed=seed, engine=engine)
     if not resume:
         # Before the recording is read for minutes.
-        refuse_occupied(output)
+        _refuse_occupied(output)
     chosen, offered, skipped = choose(source, samples)
     if not chosen:
         reason = f" The first: {skipped.first}" if skipped.count else ""
@@ -148,6 +148,15 @@ def capture(
             writer.add(sample)
         writer.flush(offered)
     return CaptureRun(CaptureStore.open(output, verify_hashes=False), offered, skipped)
+
+
+def _refuse_occupied(output: Path) -> None:
+    if (output / INDEX_FILE).is_file():
+        raise OutputError(
+            f"{output} holds a capture store already: go on with an interrupted one with "
+            "--resume, name another folder, or remove this one first"
+        )
+    refuse_occupied(output)
 
 
 def choose(source: Source, samples: int) -> tuple[list[int], int, Skipped]:
@@ -187,7 +196,12 @@ def run_on(
         assert seed is not None
         noise = draw_noise(seed, observation.stamp_ns, policy.noise_shape)
     runs: dict[str, list[Tensors]] = {}
-    with policy.observed(lambda name, feeds: runs.setdefault(name, []).append(feeds)):
+
+    def keep(name: str, feeds: Tensors) -> None:
+        copies = {tensor: array.copy() for tensor, array in feeds.items()}
+        runs.setdefault(name, []).append(copies)
+
+    with policy.observed(keep):
         chunk = policy.infer(observation, noise=noise)
     (backbone,), (conditioner,), dit = runs["backbone"], runs["conditioner"], runs["dit"]
     return CaptureSample(

@@ -41,11 +41,14 @@ def write_arm_dataset(folder: Path, *, episodes: int, frames: int, seed: int) ->
         seed: Seed of motion and scene.
 
     Raises:
-        ConfigurationError: No episode is asked for.
+        ConfigurationError: No episode or no frame is asked for.
         OutputError: The folder cannot be written.
     """
-    if episodes < 1:
-        raise ConfigurationError(f"a dataset needs at least one episode, not {episodes}")
+    if episodes < 1 or frames < 1:
+        raise ConfigurationError(
+            f"a dataset needs at least one episode of at least one frame, not {episodes} of "
+            f"{frames}"
+        )
     write_dataset(
         folder,
         (_episode(np.random.RandomState([seed, index]), frames) for index in range(episodes)),

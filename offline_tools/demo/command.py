@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import signal
 import time
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from groot_int8_ros.errors import BundleError, OutputError
+from groot_int8_ros.errors import BundleError
+from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from offline_tools import cli
+from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.bags.episode_to_bag import BagOptions
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
 from offline_tools.demo.arm_dataset import CAMERAS, FPS, JOINTS, write_arm_dataset
@@ -25,6 +28,8 @@ from offline_tools.demo.random_checkpoint import write_random_checkpoint
 from offline_tools.evaluate.live_run import LiveRun, run_live
 from offline_tools.evaluate.recompute import Recomputed, recompute
 
+# Marks a folder that this command may write into again.
+_MARKER = ".groot-int8-demo"
 _STAGES = ("read", "preprocess", "backbone", "action_head", "postprocess", "total")
 # A chunk crosses DDS as float64 and is computed from radians that were degrees: float32 rounding.
 _TOLERANCE = 1e-5
@@ -35,19 +40,22 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--output", type=Path, default=Path("demo_output"), help="folder (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of data and weights (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of data and weights (default: 0)")
     parser.add_argument(
-        "--frames", type=int, default=240, help="length of the episode at 30 Hz (default: 240)"
+        "--frames",
+        type=positive_int,
+        default=240,
+        help="length of the episode at 30 Hz (default: 240)",
     )
     parser.add_argument(
-        "--rate", type=float, default=1.0, help="speed of the bag (default: %(default)s)"
+        "--rate", type=positive_float, default=1.0, help="speed of the bag (default: %(default)s)"
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Run every step, print what happened, and fail if a chunk cannot be reproduced."""
     output: Path = args.output
-    _refuse_foreign(output)
+    refuse_occupied(output, marker=_MARKER, what="an output of `groot-int8 demo`", replace=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).write_text("This folder is rewritten by `groot-int8 demo`.\n")
     paths = {name: output / name for name in ("dataset", "checkpoint", "bundle", "bag", "run")}
@@ -83,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     options = BagOptions()
     _must_pass(
         "episode-to-bag",
-        *("--dataset", str(paths["dataset"]), "--episode", "0", "--robot", str(robot_file)),
+        *("--dataset", str(paths["dataset"]), "--episode", "0", "--bundle", bundle),
         *("--output", str(paths["bag"]), "--force"),
     )
 
@@ -113,19 +121,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_MARKER = ".groot-int8-demo"
-
-
-def _refuse_foreign(output: Path) -> None:
-    if output.exists() and (
-        not output.is_dir() or (any(output.iterdir()) and not (output / _MARKER).is_file())
-    ):
-        raise OutputError(
-            f"{output} exists and was not made by this command, so nothing was written to it: "
-            "name another folder with --output"
-        )
-
-
 def _robot() -> dict[str, object]:
     arm = [{"name": name, "unit": "degrees"} for name in JOINTS["single_arm"]]
     gripper = [{"name": name} for name in JOINTS["gripper"]]
@@ -146,6 +141,8 @@ def _must_pass(*arguments: str) -> None:
     start = time.perf_counter()
     print(f"$ groot-int8 {' '.join(arguments)}", flush=True)
     code = cli.main(arguments)
+    if code == cli.EXIT_SIGNALLED + signal.SIGPIPE:
+        raise BrokenPipeError
     if code >= cli.EXIT_SIGNALLED:
         raise KeyboardInterrupt
     if code != 0:

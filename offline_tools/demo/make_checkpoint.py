@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
+from offline_tools.arguments import seed
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo.random_checkpoint import SIZES, write_random_checkpoint
 
@@ -36,7 +37,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="action keys with absolute targets; the others are relative to the state",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -9,17 +9,21 @@ import argparse
 from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
+from offline_tools.arguments import positive_int, seed
 from offline_tools.demo.arm_dataset import write_arm_dataset
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     parser.add_argument("--output", type=Path, required=True, help="dataset folder to write")
-    parser.add_argument("--episodes", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--episodes", type=positive_int, default=1, help="default: %(default)s")
     parser.add_argument(
-        "--frames", type=int, default=150, help="frames of an episode at 30 Hz (default: 150)"
+        "--frames",
+        type=positive_int,
+        default=150,
+        help="frames of an episode at 30 Hz (default: 150)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,11 +24,7 @@ import yaml
 
 from groot_int8_ros.errors import GrootError
 from groot_int8_ros.policy.types import Float64Array
-
-# Without these most frames of several cameras are lost between processes; see config/policy.yaml.
-LARGE_IMAGE_TRANSPORTS = (
-    "LARGE_DATA?max_msg_size=4MB&sockets_size=4MB&non_blocking=true&tcp_negotiation_timeout=50"
-)
+from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
 
 # A recorded frame can be sent again, so a busy machine need not lose it; and what comes late must
 # not count as stale, since it is the recording that is judged, not this machine.
@@ -40,6 +36,9 @@ PLAYBACK_PARAMETERS: Mapping[str, Any] = {
 }
 
 _NODE_NAME = "policy_node"
+_ENGINE_STATUS = f"{_NODE_NAME}: engine"
+# `diagnostic_msgs/DiagnosticStatus.ERROR`
+_ERROR = 2
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 30.0
 # After the player's end the node may still be busy with its last observation.
@@ -86,14 +85,24 @@ class LiveRun:
     node_peak_bytes: int
 
 
-def isolate_ros() -> None:
+@contextlib.contextmanager
+def isolated_ros() -> Iterator[None]:
     """Keep this process and its children to themselves: own domain, this machine only.
 
-    Variables that the user has set stay as they are.
+    Variables that the user has set stay as they are; the others are unset again at the end.
     """
-    os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", LARGE_IMAGE_TRANSPORTS)
+    settings = {
+        "ROS_DOMAIN_ID": str(1 + os.getpid() % 100),
+        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        TRANSPORTS_VARIABLE: LARGE_IMAGE_TRANSPORTS,
+    }
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def run_live(
@@ -117,9 +126,6 @@ def run_live(
     Raises:
         LiveRunError: A process did not start, failed, or did not stop; the message names its log.
     """
-    import rclpy
-
-    isolate_ros()
     folder.mkdir(parents=True, exist_ok=True)
     settings = {
         **PLAYBACK_PARAMETERS,
@@ -131,27 +137,15 @@ def run_live(
     parameter_file.write_text(
         yaml.safe_dump({"/**": {"ros__parameters": settings}}), encoding="utf-8"
     )
-    context = rclpy.Context()
-    rclpy.init(context=context)
-    try:
-        recorder = _Recorder(context)
-        node_command = ["-m", "groot_int8_ros.policy_node", "--ros-args", "--params-file"]
+    node_command = ["-m", "groot_int8_ros.policy_node", "--ros-args", "--params-file"]
+    play_command = ["-m", "offline_tools.cli", "play-bag", str(bag), "--clock"]
+    play_command += ["--rate", str(rate), "--wait-for-subscribers", "20"]
+    with isolated_ros(), _recorder() as recorder:
         with _process([*node_command, str(parameter_file)], folder / "policy_node.log") as node:
             recorder.wait_until_active(node)
             report(f"{_NODE_NAME} is active (process {node.pid})")
-            play = [
-                "-m",
-                "offline_tools.cli",
-                "play-bag",
-                str(bag),
-                "--clock",
-                "--rate",
-                str(rate),
-            ]
             start = time.monotonic()
-            with _process(
-                [*play, "--wait-for-subscribers", "20"], folder / "play_bag.log"
-            ) as player:
+            with _process(play_command, folder / "play_bag.log") as player:
                 while player.poll() is None:
                     recorder.spin(0.1)
                     node.check_running()
@@ -161,12 +155,12 @@ def run_live(
             recorder.spin(_SETTLE_S)
             peak = _peak_memory(node.pid)
             node.stop()
-        chunks = recorder.chunks()
-        statuses = recorder.statuses
-        recorder.close()
-    finally:
-        rclpy.shutdown(context=context)
-    return LiveRun(chunks=chunks, statuses=statuses, wall_s=wall, node_peak_bytes=peak)
+        return LiveRun(
+            chunks=recorder.chunks(),
+            statuses=recorder.statuses,
+            wall_s=wall,
+            node_peak_bytes=peak,
+        )
 
 
 class _Process:
@@ -226,6 +220,22 @@ def _process(arguments: list[str], log: Path) -> Iterator[_Process]:
             child.kill()
 
 
+@contextlib.contextmanager
+def _recorder() -> Iterator[_Recorder]:
+    import rclpy
+
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    try:
+        recorder = _Recorder(context)
+        try:
+            yield recorder
+        finally:
+            recorder.close()
+    finally:
+        rclpy.shutdown(context=context)
+
+
 class _Recorder:
     """A node in this process that keeps every chunk and the last diagnostics."""
 
@@ -269,6 +279,10 @@ class _Recorder:
                 if future.done() and future.result().current_state.id == self._active:
                     return
             self.spin(0.2)
+            level, message = self.statuses.get(_ENGINE_STATUS, (0, ""))
+            if level == _ERROR:
+                # Autostart is tried once; the node then waits for somebody to mend it.
+                raise process.failure(f"does not start ({message})")
         raise process.failure(f"was not active after {_START_TIMEOUT_S:.0f} s")
 
     def chunks(self) -> tuple[LiveChunk, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import resource
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,10 +32,10 @@ from groot_int8_ros.policy.bundle import (
     Manifest,
 )
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.files import atomic_directory, sha256_of_file
+from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor, load_processor
-from offline_tools.export.graph import save, trace
+from offline_tools.export.graph import save, trace, weight_bytes
 from offline_tools.export.graphs import ReferenceGraph, reference_graphs
 from offline_tools.export.robot_description import describe_robot
 from offline_tools.model.checkpoint import CheckpointReader
@@ -44,6 +44,7 @@ from offline_tools.model.configuration import (
     ModelConfig,
     find_eagle_config,
     load_model_config,
+    require_checkpoint,
 )
 
 # Beside the weights: the graphs themselves, tokenizer and processor files.
@@ -93,7 +94,8 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         GrootError: The checkpoint, the options or the disk do not allow it; the bundle folder is
             then as it was before.
     """
-    _refuse_occupied(options)
+    refuse_occupied(options.bundle, marker=MANIFEST_FILE, what="a bundle", replace=options.force)
+    require_checkpoint(options.checkpoint)
     processor = load_processor(options.checkpoint, options.embodiment)
     config, notes = load_model_config(options.checkpoint, options.eagle_config)
     _refuse_contradiction(processor, config)
@@ -127,7 +129,7 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         image_shape=image_shape,
         precision=options.precision,
     )
-    _refuse_full_disk(options, reader)
+    _refuse_full_disk(options.bundle, graphs)
     with atomic_directory(options.bundle) as folder:
         records = {
             name: _write_graph(name, graph, folder, report) for name, graph in graphs.items()
@@ -155,21 +157,6 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
-
-
-def _refuse_occupied(options: ExportOptions) -> None:
-    bundle = options.bundle
-    if not bundle.exists():
-        return
-    if not bundle.is_dir() or (any(bundle.iterdir()) and not (bundle / MANIFEST_FILE).is_file()):
-        raise OutputError(
-            f"{bundle} exists and is not a bundle, so nothing was written to it: name a new folder"
-        )
-    if any(bundle.iterdir()) and not options.force:
-        raise OutputError(
-            f"{bundle} already holds a bundle: add --force to replace it, engines and calibration "
-            "included, or name a new folder"
-        )
 
 
 def _refuse_contradiction(processor: Processor, config: ModelConfig) -> None:
@@ -206,11 +193,9 @@ def _find_tokenizer(options: ExportOptions) -> Path:
     return path
 
 
-def _refuse_full_disk(options: ExportOptions, reader: CheckpointReader) -> None:
-    # Half-precision weights take what the checkpoint takes, float32 twice that.
-    factor = 1 if options.precision == "fp16" else 2
-    needed = factor * sum(path.stat().st_size for path in reader.files) + _SPARE_BYTES
-    existing = options.bundle.absolute().parent
+def _refuse_full_disk(bundle: Path, graphs: Mapping[str, ReferenceGraph]) -> None:
+    needed = sum(weight_bytes(graph.spec) for graph in graphs.values()) + _SPARE_BYTES
+    existing = bundle.absolute().parent
     while not existing.exists():
         existing = existing.parent
     free = shutil.disk_usage(existing).free

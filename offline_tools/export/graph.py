@@ -72,6 +72,13 @@ class GraphSpec:
     dtype: torch.dtype
 
 
+def weight_bytes(spec: GraphSpec) -> int:
+    """Return the number of bytes that a graph's weights will take."""
+    with torch.device("meta"):
+        module = spec.build()
+    return spec.dtype.itemsize * sum(parameter.numel() for parameter in module.parameters())
+
+
 def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
     """Trace a module into an ONNX model of `OPSET` with lazy weights.
 

@@ -299,8 +299,9 @@ def _likely_reason(keys: list[str], eagle_config: Path | None) -> str:
     if eagle_config is None:
         return (
             "Only the vision tower, the connector or the language model are concerned, and they "
-            "were taken to have the public sizes: pass --eagle-config with the Eagle "
-            "configuration of the training, or put it beside the weights as eagle_config.json."
+            "were taken to have the public sizes: pass --eagle-config with the JSON file of the "
+            "training's Eagle model (config.json in its folder), or copy that file into the "
+            "checkpoint's folder as eagle_config.json."
         )
     return (
         "Only the vision tower, the connector or the language model are concerned: "

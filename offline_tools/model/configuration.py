@@ -213,10 +213,6 @@ class _Fields:
 def _read_json(path: Path) -> _Fields:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing. Give the folder that holds {CONFIG_FILE} and model.safetensors."
-        ) from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}). Copy the checkpoint again."
@@ -339,6 +335,25 @@ def _processor_limits(checkpoint: Path) -> _Fields | None:
     return _read_json(path).part("processor_kwargs")
 
 
+def require_checkpoint(folder: Path) -> None:
+    """Refuse a path that leads to no checkpoint.
+
+    Raises:
+        CheckpointError: It is no folder, or has no `config.json`.
+    """
+    layout = (
+        f"A checkpoint is a folder with {CONFIG_FILE}, {PROCESSOR_CONFIG_FILE}, statistics.json "
+        "and model.safetensors (or its shards with model.safetensors.index.json)"
+    )
+    if not folder.is_dir():
+        what = "not a folder" if folder.exists() else "no such folder"
+        raise CheckpointError(f"{what}: {folder}. {layout}; give its path.")
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{folder / CONFIG_FILE} is missing. {layout}; give its path, or copy what is missing."
+        )
+
+
 def find_eagle_config(checkpoint: Path, eagle_config: Path | None = None) -> Path | None:
     """Return the Eagle configuration that sizes a checkpoint's backbone.
 
@@ -375,6 +390,7 @@ def load_model_config(
             asks for something that is not implemented.
     """
     notes: list[str] = []
+    require_checkpoint(checkpoint)
     config = _read_json(checkpoint / CONFIG_FILE)
     config.require("model_type", ("Gr00tN1d6",), "Gr00tN1d6")
     config.require("use_alternate_vl_dit", (True,), True)
@@ -388,6 +404,13 @@ def load_model_config(
             "the public N1.6 sizes"
         )
     else:
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path} is {'a folder' if path.is_dir() else 'missing'}. --eagle-config takes "
+                "the JSON file of the training's Eagle model (config.json in its folder, with "
+                f"vision_config and text_config); without the option {EAGLE_CONFIG_FILE} in the "
+                "checkpoint's folder is read, if it is there."
+            )
         eagle = _read_json(path)
     vision, language = _eagle_parts(eagle, config.size("select_layer", 16))
 
@@ -461,7 +484,8 @@ def _with_processor(
     # A fine-tune can keep the base model's action_horizon in config.json although it trained
     # with fewer action tokens; the surplus tokens would be untrained and disturb the others.
     note = (
-        f"config.json says action_horizon {config.action_horizon}, but the processor was trained "
-        f"with max_action_horizon {trained}: the model runs {trained} action tokens"
+        f"{trained} action tokens are run, as in training (max_action_horizon in "
+        f"{PROCESSOR_CONFIG_FILE}), and not the {config.action_horizon} of action_horizon in "
+        f"{CONFIG_FILE}; the reference code runs all {config.action_horizon}: its actions differ"
     )
     return replace(config, action_horizon=trained), (note,)

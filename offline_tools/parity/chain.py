@@ -61,7 +61,8 @@ class Chain:
 
     Attributes:
         model: The network.
-        processors: Processor of each embodiment that the checkpoint describes.
+        processors: Processor of each embodiment that can be used.
+        refused: Tag of each other embodiment that the checkpoint describes, and why not.
         tokenizer: The checkpoint's tokenizer.
         window_size: Side of the windows, in patches, in whose order the reference's vision tower
             keeps its patches.
@@ -69,6 +70,7 @@ class Chain:
 
     model: GrootN16
     processors: tuple[Processor, ...]
+    refused: tuple[str, ...]
     tokenizer: PromptTokenizer
     window_size: int
 
@@ -76,7 +78,8 @@ class Chain:
         """Return the processor of a recorded embodiment row, camera set and state.
 
         Raises:
-            ConfigurationError: The checkpoint describes no such embodiment.
+            ConfigurationError: The checkpoint describes no such embodiment, or one that cannot be
+                used.
         """
         for processor in self.processors:
             if (
@@ -94,7 +97,7 @@ class Chain:
             f"the golden set was recorded with embodiment row {embodiment_id}, cameras "
             f"{', '.join(observation.images)}, state {', '.join(observation.state)}, which the "
             f"checkpoint does not describe ({known}). Compare it with the checkpoint it was "
-            "recorded from."
+            "recorded from." + "".join(f"\nNot usable: {reason}" for reason in self.refused)
         )
 
     def tokens_per_image(self, processor: Processor, observation: RawObservation) -> list[int]:
@@ -143,25 +146,26 @@ def _embodiment_tags(checkpoint: Path) -> list[str | None]:
         return [None]
 
 
-def load_processors(checkpoint: Path) -> tuple[Processor, ...]:
+def load_processors(checkpoint: Path) -> tuple[tuple[Processor, ...], tuple[str, ...]]:
     """Load the processors of a checkpoint's embodiments.
 
     Args:
         checkpoint: Folder with the processor's files.
 
     Returns:
-        Those that are complete and implemented; at least one.
+        Those that are complete and implemented, at least one, and for each other embodiment its
+        tag and why it cannot be used.
 
     Raises:
         ProcessorError: None is usable; the message tells what is wrong with the first.
     """
     processors: list[Processor] = []
-    problems: list[ProcessorError] = []
+    problems: list[tuple[str, ProcessorError]] = []
     for tag in _embodiment_tags(checkpoint):
         try:
             processors.append(load_processor(checkpoint, tag))
         except ProcessorError as error:
-            problems.append(error)
+            problems.append((str(tag), error))
     if not processors:
-        raise problems[0]
-    return tuple(processors)
+        raise problems[0][1]
+    return tuple(processors), tuple(f"embodiment {tag!r}: {error}" for tag, error in problems)

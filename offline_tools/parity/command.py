@@ -87,7 +87,10 @@ def _load_chain(
             "image would reach the language model. Use the tokenizer of this checkpoint."
         )
     window = _window_size(eagle)
-    return Chain(model, load_processors(checkpoint), tokenizer, window)
+    processors, refused = load_processors(checkpoint)
+    for reason in refused:
+        report.note(f"not usable: {reason}")
+    return Chain(model, processors, refused, tokenizer, window)
 
 
 def _window_size(eagle: Path | None) -> int:

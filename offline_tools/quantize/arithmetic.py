@@ -7,8 +7,6 @@ by the same functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -22,6 +20,9 @@ SMALLEST_ROW_MAX = 1e-12
 # Channels whose maxima are below this share of the largest are taken as that: a dead channel must
 # neither divide by zero nor get a factor that its first live value would overflow with.
 _SMALLEST_CHANNEL_SHARE = 1e-5
+
+_LONGEST_BLOCK = 64
+_SHORTEST_BLOCK = 16
 
 
 def weight_scales(weight: Float32Array) -> Float32Array:
@@ -47,7 +48,7 @@ def quantise(values: Float32Array, scale: Float32Array | np.float32) -> NDArray[
 
 
 def migration_factors(
-    channel_max: Float32Array, weights: Sequence[Float32Array], alpha: float
+    channel_sizes: Float32Array, weight_max: Float32Array, alpha: float
 ) -> Float32Array:
     """Return SmoothQuant's factors: how much larger a weight's input channels become.
 
@@ -56,20 +57,78 @@ def migration_factors(
     the weights' multiplied by it, which leaves the product as it was.
 
     Args:
-        channel_max: Largest magnitude of each input channel, float32 (K,).
-        weights: The weights that share the input, float32 (K, N) each.
+        channel_sizes: Size of each input channel, float32 (K,), the maximum in the paper; see
+            `InputStatistics.migration_sizes`.
+        weight_max: Largest magnitude of each row of the weights that share the input, float32
+            (K,).
         alpha: From 0 to 1.
 
     Returns:
         float32 (K,), positive, with a geometric mean of 1.
     """
-    weight_max = np.max([np.abs(weight).max(axis=1) for weight in weights], axis=0)
-    x = _floored(channel_max.astype(np.float64))
+    x = _floored(channel_sizes.astype(np.float64))
     w = _floored(weight_max.astype(np.float64))
     logarithms = alpha * np.log(x) - (1.0 - alpha) * np.log(w)
     # A common factor changes nothing after quantisation; without one the input keeps its size.
     factors: Float32Array = np.exp(logarithms - logarithms.mean()).astype(np.float32)
     return factors
+
+
+def rotation_block(channels: int) -> int | None:
+    """Return the longest block for a rotation: a power of two that divides the channels.
+
+    Up to 64, beyond which nothing is gained on heavy tails; None if only blocks fit that are too
+    short to even anything out.
+    """
+    block = min(channels & -channels, _LONGEST_BLOCK)
+    return block if block >= _SHORTEST_BLOCK else None
+
+
+def hadamard(length: int) -> Float32Array:
+    """Return Sylvester's Hadamard matrix scaled to be orthogonal; it is its own inverse.
+
+    Args:
+        length: A power of two.
+
+    Returns:
+        float32 (length, length).
+    """
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < length:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    scaled: Float32Array = (matrix / np.sqrt(np.float32(length))).astype(np.float32)
+    return scaled
+
+
+def rotated(rows: Float32Array, block: int) -> Float32Array:
+    """Mix each block of channels with a Hadamard matrix.
+
+    An input is multiplied by a block-diagonal orthogonal matrix and the weights by its inverse,
+    which leaves the product as it was. A value that stands out in its row is spread over its
+    block, so the row's maximum shrinks (Ashkboos et al., "QuaRot", 2024).
+
+    Args:
+        rows: float32 (R, K).
+        block: A power of two that divides K.
+
+    Returns:
+        float32 (R, K).
+    """
+    blocks = rows.reshape(len(rows), -1, block)
+    result: Float32Array = (blocks @ hadamard(block)).reshape(rows.shape)
+    return result
+
+
+def transformed_weight(
+    weight: Float32Array, factors: Float32Array | None, rotation: int | None
+) -> Float32Array:
+    """Return a weight, float32 (K, N), after migration and rotation of its input channels."""
+    if factors is not None:
+        weight = weight * factors[:, None]
+    if rotation is not None:
+        blocks = weight.reshape(-1, rotation, weight.shape[1])
+        weight = (hadamard(rotation) @ blocks).reshape(weight.shape)
+    return weight
 
 
 def static_input(rows: Float32Array, scale: float) -> Float32Array:

@@ -13,10 +13,14 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
+from numpy.typing import NDArray
 
 from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.types import Float32Array
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
@@ -135,6 +139,31 @@ def select(layers: Sequence[Layer], patterns: Sequence[str], where: str) -> list
             )
         chosen = chosen - matching if takes_out else chosen | matching
     return [layer for layer in layers if layer.name in chosen]
+
+
+def read_weight(graph: ir.Graph, layer: Layer) -> Float32Array:
+    """Read a layer's weight from its file.
+
+    Returns:
+        A copy, float32 (in_channels, out_channels) however it is stored.
+    """
+    stored = graph.initializers[layer.weight].const_value
+    if stored is None:
+        raise RuntimeError(f"the weight {layer.weight} has no value")
+    return as_columns(stored, layer)
+
+
+def as_columns(stored: ir.TensorProtocol, layer: Layer) -> Float32Array:
+    """Return a layer's stored weight as float32 (in_channels, out_channels)."""
+    result: Float32Array = _transposed_if(stored.numpy(), layer.out_axis == 0).astype(np.float32)
+    if isinstance(stored, ir.ExternalTensor):
+        # Pages that stay mapped count as the process's memory.
+        stored.release()
+    return result
+
+
+def _transposed_if(value: NDArray[Any], condition: bool) -> NDArray[Any]:
+    return value.T if condition else value
 
 
 def _whole(node: ir.Node, name: str, default: int) -> int:

@@ -7,11 +7,12 @@ What stands between a layer's input `x` and its consumers afterwards (K, N: chan
 
     static   Cast, [Mul r], QuantizeLinear(c), DequantizeLinear(c), MatMul(DequantizeLinear(W, d)),
              [Add bias], Cast
-    row      Cast, [Mul r], Abs, ReduceMax, Max -> a; Div(x, a), QuantizeLinear(1/127),
-             DequantizeLinear(1/127), MatMul(DequantizeLinear(W, d)), Mul(a), [Add bias], Cast
+    row      Cast, [Mul r], [Reshape, MatMul(H), Reshape], Abs, ReduceMax, Max -> a; Div(x, a),
+             QuantizeLinear(1/127), DequantizeLinear(1/127), MatMul(DequantizeLinear(W, d)),
+             Mul(a), [Add bias], Cast
 
-with c a scalar, W int8, d float32 (N,), r = 1/s float32 (K,) for migration, and a float32, one for
-each row. Decisions:
+with c a scalar, W int8, d float32 (N,), r = 1/s float32 (K,) for migration, H a small Hadamard
+matrix for rotation, and a float32, one for each row. Decisions:
 
 - Everything between the two Casts is float32, in FP16 graphs too. QuantizeLinear takes FP16 only
   from opset 19 on, which TensorRT 8.6 does not read, and FP16 is too narrow for it: the sum of K
@@ -42,11 +43,19 @@ from groot_int8_ros.policy.quantization import LayerScheme
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.quantize.arithmetic import (
     SMALLEST_ROW_MAX,
+    hadamard,
     migration_factors,
     quantise,
+    transformed_weight,
     weight_scales,
 )
-from offline_tools.quantize.layers import Layer, find_layers, load_graph
+from offline_tools.quantize.layers import (
+    Layer,
+    as_columns,
+    find_layers,
+    load_graph,
+    read_weight,
+)
 from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
 from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
 
@@ -152,10 +161,11 @@ def _prepare(
             )
     if scheme.migration_alpha is not None:
         assert seen is not None
+        weight_max = np.zeros_like(seen.channel_max)
+        for layer in layers:
+            np.maximum(weight_max, np.abs(rewriter.weight(layer)).max(axis=1), out=weight_max)
         factors = migration_factors(
-            seen.channel_max,
-            [rewriter.weight(layer) for layer in layers],
-            scheme.migration_alpha,
+            seen.migration_sizes(scheme), weight_max, scheme.migration_alpha
         )
     if scheme.activation == "static":
         assert seen is not None
@@ -180,10 +190,7 @@ class _Rewriter:
 
     def weight(self, layer: Layer) -> Float32Array:
         """Read a layer's weight as float32 (K, N)."""
-        stored = self._graph.initializers[layer.weight].const_value
-        if stored is None:
-            raise RuntimeError(f"the weight {layer.weight} has no value")
-        return _as_columns(stored, layer)
+        return read_weight(self._graph, layer)
 
     def apply(self, activation: str, quantiser: _Quantiser) -> None:
         """Put one quantiser behind an activation and its layers behind that."""
@@ -198,6 +205,8 @@ class _Rewriter:
         if quantiser.factors is not None:
             reciprocal = (np.float32(1.0) / quantiser.factors).astype(np.float32)
             x = place.node("Mul", [x, place.constant("migration", reciprocal)], shape)
+        if quantiser.scheme.rotation is not None:
+            x = _rotate(place, x, shape, quantiser.layers[0], quantiser.scheme.rotation)
         row_max: ir.Value | None = None
         if quantiser.scheme.activation == "row":
             column = None if shape is None else ir.Shape([*shape[:-1], 1])
@@ -211,20 +220,20 @@ class _Rewriter:
         quantised = place.node("QuantizeLinear", [x, scale, zero], shape, ir.DataType.INT8)
         restored = place.node("DequantizeLinear", [quantised, scale, zero], shape)
         for layer in quantiser.layers:
-            self._rewrite_layer(layer, restored, row_max, quantiser.factors, dtype)
+            self._rewrite_layer(layer, restored, row_max, quantiser, dtype)
 
     def _rewrite_layer(
         self,
         layer: Layer,
         activation: ir.Value,
         row_max: ir.Value | None,
-        factors: Float32Array | None,
+        quantiser: _Quantiser,
         dtype: ir.DataType,
     ) -> None:
         node = self._nodes[layer.node]
         output = node.outputs[0]
         shape = output.shape
-        weight = self._dequantised_weight(layer, node, factors)
+        weight = self._dequantised_weight(layer, node, quantiser)
         attributes = {"transB": 1} if layer.operator == "Gemm" and layer.out_axis == 0 else {}
         place = _Place(self._graph, node, layer.name)
         product = place.node(
@@ -249,23 +258,25 @@ class _Rewriter:
         if name is not None:
             self._values[name] = result
 
-    def _dequantised_weight(
-        self, layer: Layer, node: ir.Node, factors: Float32Array | None
-    ) -> ir.Value:
+    def _dequantised_weight(self, layer: Layer, node: ir.Node, quantiser: _Quantiser) -> ir.Value:
         initializer = self._graph.initializers[layer.weight]
+        if initializer.shape is None:
+            raise RuntimeError(f"the weight {layer.weight} has no shape")
+        # The rewrite removes the initializer from the graph, and its tensor is read again later.
         stored = initializer.const_value
-        if stored is None or initializer.shape is None:
-            raise RuntimeError(f"the weight {layer.weight} has no value")
-        columns = _as_columns(stored, layer)
+        columns = read_weight(self._graph, layer)
         if not np.isfinite(columns).all():
             raise QuantizationError(
                 f"the weight of {layer.name} holds NaN or infinity: the float bundle is damaged, "
                 "export it again"
             )
-        scales = weight_scales(_migrated(columns, factors))
+        factors, rotation = quantiser.factors, quantiser.scheme.rotation
+        scales = weight_scales(transformed_weight(columns, factors, rotation))
 
         def read() -> ir.TensorProtocol:
-            codes = quantise(_migrated(_as_columns(stored, layer), factors), scales)
+            assert stored is not None
+            columns = transformed_weight(as_columns(stored, layer), factors, rotation)
+            codes = quantise(columns, scales)
             return ir.tensor(
                 np.ascontiguousarray(codes.T if layer.out_axis == 0 else codes), name=name
             )
@@ -306,6 +317,28 @@ class _Rewriter:
                 del self._graph.initializers[name]
 
 
+def _rotate(
+    place: _Place, x: ir.Value, shape: ir.Shape | None, layer: Layer, block: int
+) -> ir.Value:
+    """Mix each block of channels; see `arithmetic.rotated`."""
+    if shape is None:
+        raise RuntimeError(f"the input of {layer.name} has no known rank")
+    if layer.in_channels % block:
+        raise QuantizationError(
+            f"{layer.name} has {layer.in_channels} input channels, which rotation blocks of "
+            f"{block} do not divide"
+        )
+    count = layer.in_channels // block
+    # A zero stands for the input's own length of that axis.
+    leading = [0] * (len(shape) - 1)
+    split = place.constant("blocks", np.array([*leading, count, block], np.int64))
+    joined = place.constant("channels", np.array([*leading, layer.in_channels], np.int64))
+    blocks = ir.Shape([*shape[:-1], count, block])
+    x = place.node("Reshape", [x, split], blocks)
+    x = place.node("MatMul", [x, place.constant("hadamard", hadamard(block))], blocks)
+    return place.node("Reshape", [x, joined], shape, name="Reshape_back")
+
+
 class _Place:
     """Where in the graph, and under which name, nodes are added."""
 
@@ -332,11 +365,12 @@ class _Place:
             shape: Of its output.
             dtype: Of its output.
             attributes: By name.
-            name: None leaves it unnamed, to be named by the caller.
+            name: Its own name behind the place's, the operator's if empty; None leaves it
+                unnamed, to be named by the caller.
         """
         new = ir.node(operator, inputs=inputs, attributes=dict(attributes or {}))
         if name is not None:
-            new.name = f"{self._prefix}/{operator}"
+            new.name = f"{self._prefix}/{name or operator}"
             new.outputs[0].name = f"{new.name}_output"
         new.outputs[0].type = ir.TensorType(dtype)
         new.outputs[0].shape = shape
@@ -367,25 +401,3 @@ def _unused(graph: ir.Graph, name: str) -> str:
         number += 1
         candidate = f"{name}_{number}"
     return candidate
-
-
-def _as_columns(stored: ir.TensorProtocol, layer: Layer) -> Float32Array:
-    """Return a stored weight as float32 (K, N)."""
-    result: Float32Array = _transposed_if(stored.numpy(), layer.out_axis == 0).astype(np.float32)
-    if isinstance(stored, ir.ExternalTensor):
-        # Pages that stay mapped count as the process's memory.
-        stored.release()
-    return result
-
-
-def _transposed_if(value: NDArray[Any], condition: bool) -> NDArray[Any]:
-    return value.T if condition else value
-
-
-def _migrated(weight: Float32Array, factors: Float32Array | None) -> Float32Array:
-    if factors is None:
-        return weight
-    # The input is multiplied by the float32 reciprocal; its exact inverse leaves no mismatch.
-    inverse = 1.0 / (np.float32(1.0) / factors).astype(np.float64)
-    migrated: Float32Array = (weight * inverse[:, None]).astype(np.float32)
-    return migrated

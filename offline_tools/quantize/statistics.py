@@ -22,7 +22,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import QuantizationError
-from groot_int8_ros.policy.types import Float32Array
+from groot_int8_ros.policy.engines.onnxruntime_engine import session_options
+from groot_int8_ros.policy.quantization import LayerScheme
+from groot_int8_ros.policy.types import Float32Array, Float64Array
+from offline_tools.quantize.arithmetic import SMALLEST_ROW_MAX
 from offline_tools.quantize.histogram import MagnitudeHistogram
 from offline_tools.quantize.layers import Layer, find_layers, groups, load_graph
 
@@ -41,13 +44,24 @@ class InputStatistics:
         layers: The layers that read it.
         histogram: Of all its magnitudes.
         channel_max: Largest magnitude of each channel, float32 (K,).
+        channel_level: Mean magnitude of each channel in rows scaled to a root mean square of 1,
+            float32 (K,). One massive token cannot dominate it.
         rows: Rows drawn at random from all samples, float32 (R, K).
     """
 
     layers: tuple[str, ...]
     histogram: MagnitudeHistogram
     channel_max: Float32Array
+    channel_level: Float32Array
     rows: Float32Array
+
+    def migration_sizes(self, scheme: LayerScheme) -> Float32Array:
+        """Return the channels' sizes that a scheme's migration starts from.
+
+        Under one scale a tensor the largest values matter. Under a scale a row each row counts
+        alike, and a massive token must not set the factor of its channel for all others.
+        """
+        return self.channel_level if scheme.activation == "row" else self.channel_max
 
 
 @dataclass(frozen=True)
@@ -70,6 +84,8 @@ class _Collector:
         self._layers = tuple(layer.name for layer in layers)
         self._histogram = MagnitudeHistogram()
         self._channel_max: Float32Array = np.zeros(layers[0].in_channels, np.float32)
+        self._level_sum: Float64Array = np.zeros(layers[0].in_channels)
+        self._row_count = 0
         self._rows: Float32Array = np.empty((0, layers[0].in_channels), np.float32)
         self._keys = np.empty(0)
         self._wanted_rows = rows
@@ -78,7 +94,12 @@ class _Collector:
     def add(self, value: NDArray[Any]) -> None:
         rows = value.reshape(-1, value.shape[-1]).astype(np.float32, copy=False)
         self._histogram.add(rows)
-        np.maximum(self._channel_max, np.abs(rows).max(axis=0), out=self._channel_max)
+        magnitudes = np.abs(rows)
+        np.maximum(self._channel_max, magnitudes.max(axis=0), out=self._channel_max)
+        sizes = np.linalg.norm(rows, axis=1, keepdims=True) / np.sqrt(np.float32(rows.shape[1]))
+        magnitudes /= np.maximum(sizes, SMALLEST_ROW_MAX)
+        self._level_sum += magnitudes.sum(axis=0, dtype=np.float64)
+        self._row_count += len(rows)
         # The rows with the smallest of as many random keys are a uniform draw, however many come.
         keys = self._random.random_sample(len(rows))
         all_keys = np.concatenate([self._keys, keys])
@@ -90,7 +111,13 @@ class _Collector:
         self._keys = all_keys[kept]
 
     def result(self) -> InputStatistics:
-        return InputStatistics(self._layers, self._histogram, self._channel_max, self._rows)
+        return InputStatistics(
+            layers=self._layers,
+            histogram=self._histogram,
+            channel_max=self._channel_max,
+            channel_level=(self._level_sum / max(self._row_count, 1)).astype(np.float32),
+            rows=self._rows,
+        )
 
 
 def collect(
@@ -192,17 +219,11 @@ def _session(graph: Path, names: Sequence[str], threads: int | None) -> ort.Infe
     for name in names:
         if name not in known:
             model.graph.output.append(onnx.ValueInfoProto(name=name))
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    # As `OnnxRuntimeEngine(keep_graph_as_written=True)` does, and for the same reason: both copy
-    # weights, and fusing would remove the very tensors that are asked for.
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    # Fusing would remove the very tensors that are asked for.
+    options = session_options(threads=threads, keep_graph_as_written=True)
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(graph.parent.absolute())
     )
-    if threads is not None:
-        options.intra_op_num_threads = threads
     return ort.InferenceSession(
         model.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )

@@ -9,10 +9,11 @@ import argparse
 import json
 from pathlib import Path
 
-from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.errors import DatasetError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.files import atomic_file
 from groot_int8_ros.policy.types import Observation
+from offline_tools.arguments import not_negative_int, positive_float, positive_int
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.verify.checks import generated_observations, verify_bundle
@@ -29,13 +30,16 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dataset", type=Path, help="LeRobot dataset to take observations from (default: noise)"
     )
-    parser.add_argument("--episode", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--episode", type=not_negative_int, default=0, help="default: %(default)s")
     parser.add_argument(
-        "--samples", type=int, default=2, help="observations to compare (default: %(default)s)"
+        "--samples",
+        type=positive_int,
+        default=2,
+        help="observations to compare (default: %(default)s)",
     )
     parser.add_argument(
         "--atol",
-        type=float,
+        type=positive_float,
         default=DEFAULT_ATOL,
         help="largest 99th percentile of the absolute error (default: %(default)s)",
     )
@@ -43,8 +47,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print a line for each tensor, write `reports/verify.json`, and fail if one fails."""
-    if args.samples < 1:
-        raise ConfigurationError("--samples must be at least 1")
     bundle = open_bundle(args.bundle)
     if args.dataset:
         observations = _recorded(bundle, args.dataset, args.episode, args.samples)
@@ -63,29 +65,36 @@ def run(args: argparse.Namespace) -> int:
         "passed": passed,
         "tensors": [comparison.to_dict() for comparison in found],
     }
+    # Before the report, which a bundle on a read-only disk cannot take.
+    print("PASS" if passed else "FAIL: the graphs do not compute what the checkpoint computes")
     with atomic_file(args.bundle / "reports" / "verify.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    print("PASS" if passed else "FAIL: the graphs do not compute what the checkpoint computes")
     return 0 if passed else EXIT_CHECK_FAILED
 
 
 def _recorded(bundle: Bundle, dataset: Path, episode: int, samples: int) -> list[Observation]:
     recorded = LeRobotDataset.open(dataset).episode(episode)
-    wanted = {round(i * (len(recorded) - 1) / max(samples - 1, 1)) for i in range(samples)}
     cameras = [camera.key for camera in bundle.manifest.robot.cameras]
+    if not set(cameras) <= set(recorded.videos):
+        raise DatasetError(
+            f"the bundle sees through the cameras {', '.join(cameras)}, but {dataset} has "
+            f"{', '.join(recorded.videos) or 'none'}: name the dataset that the policy was "
+            "trained on, or leave out --dataset"
+        )
+    wanted = {round(i * (len(recorded) - 1) / max(samples - 1, 1)) for i in range(samples)}
+    # The range comes first, so that no frame behind the last wanted one is decoded.
     streams = [recorded.frames(key) for key in cameras]
-    observations = []
-    for index, frames in enumerate(zip(*streams, strict=True)):
-        if index in wanted:
-            observations.append(
-                Observation(
-                    images=dict(zip(cameras, frames, strict=True)),
-                    state={key: values[index] for key, values in recorded.state.items()},
-                    instruction=recorded.instructions[index],
-                    stamp_ns=index,
-                )
-            )
-    return observations
+    rows = zip(range(max(wanted) + 1), *streams, strict=False)
+    return [
+        Observation(
+            images=dict(zip(cameras, frames, strict=True)),
+            state={key: values[index] for key, values in recorded.state.items()},
+            instruction=recorded.instructions[index],
+            stamp_ns=index,
+        )
+        for index, *frames in rows
+        if index in wanted
+    ]
 
 
 def _print(found: list[Comparison], atol: float) -> None:

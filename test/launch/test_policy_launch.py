@@ -1,4 +1,4 @@
-"""The launch file with the real launch system, where it is installed."""
+"""The launch files with the real launch system, where it is installed."""
 
 from __future__ import annotations
 
@@ -65,20 +65,23 @@ def prefix(tmp_path: Path, repository_root: Path) -> Path:
     marker.touch()
     for name in ("launch", "config"):
         shutil.copytree(repository_root / name, folder / "share/groot_int8_ros" / name)
-    executable = folder / "lib/groot_int8_ros/policy_node"
-    executable.parent.mkdir(parents=True)
-    executable.write_text(
-        f"#!{sys.executable}\nimport sys\nfrom groot_int8_ros.policy_node import main\n"
-        "sys.exit(main())\n"
-    )
-    executable.chmod(executable.stat().st_mode | stat.S_IXUSR)
+    for name in ("policy_node", "calibration_recorder_node"):
+        executable = folder / "lib/groot_int8_ros" / name
+        executable.parent.mkdir(parents=True, exist_ok=True)
+        executable.write_text(
+            f"#!{sys.executable}\nimport sys\nfrom groot_int8_ros.{name} import main\n"
+            "sys.exit(main())\n"
+        )
+        executable.chmod(executable.stat().st_mode | stat.S_IXUSR)
     return folder
 
 
 class Launched:
     """A launch in its own process, and what can be seen of it."""
 
-    def __init__(self, prefix: Path, repository_root: Path, node: Node, *arguments: str) -> None:
+    def __init__(
+        self, prefix: Path, repository_root: Path, node: Node, file: str, *arguments: str
+    ) -> None:
         self.log = prefix / "log.txt"
         self._node = node
         self._executor = SingleThreadedExecutor(context=node.context)
@@ -93,7 +96,7 @@ class Launched:
             self.process = subprocess.Popen(
                 [
                     *(sys.executable, "-c", LAUNCHER),
-                    str(prefix / "share/groot_int8_ros/launch/policy.launch.py"),
+                    str(prefix / "share/groot_int8_ros/launch" / file),
                     *arguments,
                 ],
                 stdout=log,
@@ -144,8 +147,8 @@ def start(prefix: Path, repository_root: Path) -> Iterator[Start]:
     node = Node("launch_test", context=context)
     started: list[Launched] = []
 
-    def launch(*arguments: str) -> Launched:
-        started.append(Launched(prefix, repository_root, node, *arguments))
+    def launch(*arguments: str, file: str = "policy.launch.py") -> Launched:
+        started.append(Launched(prefix, repository_root, node, file, *arguments))
         return started[-1]
 
     yield launch
@@ -187,6 +190,31 @@ def test_arguments_reach_the_node_and_the_yaml_keeps_what_they_leave_out(
     launched.process.send_signal(signal.SIGINT)
     assert launched.process.wait(DEADLINE_S) == 0, launched.log.read_text()
     assert "process has finished cleanly" in launched.log.read_text()
+
+
+def test_recorders_arguments_reach_the_node(start: Start, tmp_path: Path) -> None:
+    launched = start(
+        "bundle:=/nowhere/bundle",
+        f"output:={tmp_path / 'store'}",
+        "with_chunks:=false",
+        "use_sim_time:=true",
+        file="recorder.launch.py",
+    )
+    names = ["bundle", "output", "with_chunks", "use_sim_time", "samples"]
+    assert launched.parameters("/calibration_recorder", names) == {
+        "bundle": "/nowhere/bundle",
+        "output": str(tmp_path / "store"),
+        "with_chunks": False,
+        "use_sim_time": True,
+        "samples": 256,
+    }
+    launched.until(
+        lambda: "/nowhere/bundle" in launched.messages.get("calibration_recorder: recorder", ""),
+        "why configuring failed",
+    )
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.process.wait(DEADLINE_S) == 0, launched.log.read_text()
+    assert not (tmp_path / "store").exists()
 
 
 def test_launch_ends_when_its_node_dies(start: Start) -> None:

@@ -5,7 +5,9 @@ The steps have tests of their own; these show what they share.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -49,7 +51,15 @@ def test_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out.strip() == __version__
 
 
-@pytest.mark.parametrize("words", [[], ["exprot"], ["--bundle", "b"]])
+def test_bare_command_shows_the_overview_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("usage: groot-int8")
+    assert all(f"  {name} " in shown.err for name in SUBCOMMANDS)
+
+
+@pytest.mark.parametrize("words", [["exprot"], ["--bundle", "b"]])
 def test_unknown_or_missing_step_is_a_usage_error(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -135,6 +145,12 @@ class _Step:
         (1, 1, ""),
         (GrootError("no disk"), 2, "groot-int8: no disk\n"),
         (BagError("no bag"), 2, "groot-int8: no bag\n"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/checkpoint/config.json"),
+            2,
+            "groot-int8: /checkpoint/config.json: Permission denied. Check that it is there, its "
+            "permissions and the disk, then run the command again.\n",
+        ),
         (KeyboardInterrupt(), 130, "groot-int8: interrupted; nothing half-written was kept.\n"),
         (
             ModuleNotFoundError("No module named 'rclpy.x'", name="rclpy.x"),
@@ -157,10 +173,48 @@ def test_how_a_step_ends_is_the_exit_code(
     assert capsys.readouterr().err == message
 
 
+_PRINTING_STEP = """
+import sys, types
+from offline_tools import cli
+step = types.ModuleType("a_step")
+step.configure = lambda parser: None
+def run(args):
+    for number in range(int(sys.argv[1])):
+        print(number)
+    return 0
+step.run = run
+sys.modules["a_step"] = step
+cli.SUBCOMMANDS["step"] = ("a_step", "a step")
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+# One line stays in the buffer until the end; a million are more than any pipe holds.
+@pytest.mark.parametrize("lines", [1, 1_000_000])
+def test_reader_that_has_gone_away_ends_the_command_quietly(
+    repository_root: Path, lines: int
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-c", _PRINTING_STEP, str(lines), "step"],
+        cwd=repository_root,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    os.close(writer)
+    assert done.returncode == 128 + signal.SIGPIPE
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     "ending",
     [
         ValueError("a bug"),
+        OSError("an error that names no file"),
         ModuleNotFoundError("No module", name="offline_tools.misspelt"),
         ModuleNotFoundError("No module", name="groot_int8_ros.misspelt"),
     ],

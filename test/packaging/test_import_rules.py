@@ -205,7 +205,10 @@ def test_importing_the_whole_robot_side_loads_no_torch(repository_root: Path) ->
     assert [name for name in report["without_ros"] if not may_need_ros.match(name)] == []
 
 
-@pytest.mark.parametrize("subcommand", ["build-check", "build", "audit", "gpu-proof", "play-bag"])
+@pytest.mark.parametrize(
+    "subcommand",
+    ["build-check", "build", "audit", "gpu-proof", "calibrate", "calibration-data", "play-bag"],
+)
 def test_steps_that_a_robot_needs_run_where_torch_is_missing(
     repository_root: Path, subcommand: str
 ) -> None:

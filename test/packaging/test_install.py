@@ -25,7 +25,7 @@ from packaging.version import Version
 _NOT_SOURCES = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "install", "log", "demo_output"
 )
-_COMMANDS = {"groot-int8", "policy_node"}
+_COMMANDS = {"groot-int8", "policy_node", "calibration_recorder_node"}
 _LOCKED_PYTHONS = ["3.10", "3.11", "3.12"]
 
 
@@ -128,7 +128,7 @@ def test_every_command_leads_to_a_function_that_is_there(
 ) -> None:
     path = str(_site_packages(pip_prefix))
     for entry in metadata.entry_points.select(group="console_scripts"):
-        if entry.name == "policy_node":
+        if entry.name.endswith("_node"):
             pytest.importorskip("rclpy", reason="rclpy is not installed on this Python")
         code = f"import {entry.module} as m; assert callable(m.{entry.attr}); print(m.__file__)"
         loaded = _run(sys.executable, "-c", code, cwd=tmp_path, PYTHONPATH=path)

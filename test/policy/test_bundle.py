@@ -63,11 +63,6 @@ def _flip_a_byte(path: Path) -> None:
 
 
 _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "is not a bundle: it has no manifest.json"),
-    "no manifest": (
-        lambda b: (b / "manifest.json").unlink(),
-        "is not a bundle: it has no manifest.json",
-    ),
     "manifest cut short": (
         lambda b: (b / "manifest.json").write_text((b / "manifest.json").read_text()[:500]),
         "manifest.json cannot be read",
@@ -128,7 +123,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no list of files": (
         lambda b: _edit(b, lambda m: m.pop("files")),
-        "manifest.json is damaged: no entry 'files'",
+        "manifest.json is damaged: it has no field files",
     ),
     "a graph missing": (
         lambda b: _edit(b, lambda m: m["graphs"].pop("dit")),
@@ -148,15 +143,39 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "no denoising steps": (
         lambda b: _edit(b, lambda m: m.update(denoising_steps=0)),
-        "manifest.json is damaged: 0 is not a positive whole number",
+        "denoising_steps must be a whole number of at least 1, not 0",
     ),
     "horizon true": (
         lambda b: _edit(b, lambda m: m.update(action_horizon=True)),
-        "manifest.json is damaged: True is not a positive whole number",
+        "action_horizon must be a whole number of at least 1, not true",
     ),
     "embodiment a number": (
         lambda b: _edit(b, lambda m: m.update(embodiment=10)),
-        "manifest.json is damaged: 10 is not a text",
+        "manifest.json is damaged: embodiment must be a text, not 10",
+    ),
+    "size a text": (
+        lambda b: _edit(b, lambda m: m["files"]["tokenizer.json"].update(bytes="many")),
+        r'files\.tokenizer\.json\.bytes must be a whole number of at least 1, not "many"',
+    ),
+    "hash missing": (
+        lambda b: _edit(b, lambda m: m["files"]["tokenizer.json"].pop("sha256")),
+        r"manifest\.json is damaged: it has no field files\.tokenizer\.json\.sha256",
+    ),
+    "graph a list": (
+        lambda b: _edit(b, lambda m: m["graphs"].update(dit=[])),
+        r"graphs\.dit must be a JSON object, not \[\]",
+    ),
+    "shape null": (
+        lambda b: _edit(b, lambda m: m["graphs"]["dit"]["inputs"]["vl_embs"].update(shape=None)),
+        r"graphs\.dit\.inputs\.vl_embs\.shape must be a list of lengths and axis names, not null",
+    ),
+    "graph's output null": (
+        lambda b: _edit(b, lambda m: m["graphs"]["dit"]["outputs"].update(output=None)),
+        r"graphs\.dit\.outputs\.output must be a JSON object, not null",
+    ),
+    "notes a number": (
+        lambda b: _edit(b, lambda m: m.update(notes=3)),
+        "notes must be a list of texts, not 3",
     ),
     "joint sign": (
         lambda b: _edit(b, lambda m: m["robot"]["state_joints"]["single_arm"][0].update(sign=3)),
@@ -181,7 +200,31 @@ def test_damaged_bundle_is_refused_with_the_reason_and_the_way_out(
     harm(bundle_copy)
     with pytest.raises(BundleError, match=message) as caught:
         open_bundle(bundle_copy)
-    assert str(caught.value).endswith(f"--bundle {bundle_copy}")
+    assert str(caught.value).endswith(f"--bundle {bundle_copy} --force")
+
+
+def _make_a_file(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.write_text("no folder")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (shutil.rmtree, "no such folder: "),
+        (_make_a_file, "not a folder: "),
+        (lambda b: (b / "manifest.json").unlink(), "is not a bundle: it has no manifest.json"),
+    ],
+)
+def test_path_that_leads_to_no_bundle_brings_no_advice_to_overwrite_it(
+    bundle_copy: Path, harm: Callable[[Path], object], message: str
+) -> None:
+    harm(bundle_copy)
+    with pytest.raises(BundleError, match=message) as caught:
+        open_bundle(bundle_copy)
+    assert str(bundle_copy) in str(caught.value)
+    assert "--force" not in str(caught.value)
+    assert "--checkpoint" not in str(caught.value)
 
 
 def test_sizes_alone_are_compared_where_hashing_is_switched_off(bundle_copy: Path) -> None:

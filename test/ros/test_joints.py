@@ -13,7 +13,12 @@ from sensor_msgs.msg import JointState
 
 from groot_int8_ros.errors import ConfigurationError, EngineError, ObservationError
 from groot_int8_ros.policy.types import ActionChunk, JointSpec
-from groot_int8_ros.ros.joints import JointStateReader, TrajectoryWriter, stamp_ns
+from groot_int8_ros.ros.joints import (
+    JointStateReader,
+    TrajectoryReader,
+    TrajectoryWriter,
+    stamp_ns,
+)
 
 ARM = (
     JointSpec("pan", "degrees", -1.0, 90.0),
@@ -124,6 +129,32 @@ def test_trajectory_undoes_the_mapping_of_the_state() -> None:
     )
     times = [p.time_from_start.sec + p.time_from_start.nanosec * 1e-9 for p in trajectory.points]
     np.testing.assert_allclose(times, [0.0, 1 / 30, 2 / 30, 4 / 30], atol=1e-9)
+
+
+def test_published_trajectory_is_read_back_whatever_the_order_of_its_joints() -> None:
+    random = np.random.default_rng(4)
+    arm, gripper = random.uniform(-2, 2, (3, 2)), random.uniform(-2, 2, (3, 1))
+    trajectory = TrajectoryWriter(JOINTS).write(chunk(arm, gripper, [0.0, 0.1, 0.2]))
+    trajectory.joint_names = ["jaw", "pan", "lift"]
+    for point in trajectory.points:
+        pan, lift, jaw = point.positions
+        point.positions = [jaw, pan, lift]
+    actions = TrajectoryReader(JOINTS, "/chunk").read(trajectory)
+    np.testing.assert_allclose(actions["arm"], arm, atol=1e-5)
+    np.testing.assert_allclose(actions["gripper"], gripper, atol=1e-5)
+    assert {array.dtype for array in actions.values()} == {np.dtype(np.float32)}
+
+
+def test_trajectory_of_another_robot_is_refused() -> None:
+    trajectory = TrajectoryWriter(JOINTS).write(chunk(np.zeros((1, 2)), np.zeros((1, 1)), [0.0]))
+    reader = TrajectoryReader(JOINTS, "/chunk")
+    trajectory.joint_names = ["jaw", "pan", "knee"]
+    with pytest.raises(ObservationError, match="/chunk: missing lift"):
+        reader.read(trajectory)
+    trajectory.joint_names = ["jaw", "pan", "lift"]
+    trajectory.points[0].positions = []
+    with pytest.raises(ObservationError, match="points without positions"):
+        reader.read(trajectory)
 
 
 def test_time_just_below_a_second_does_not_overflow_its_nanoseconds() -> None:

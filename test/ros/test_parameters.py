@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from rclpy.parameter import Parameter
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import CameraSpec, JointSpec
-from groot_int8_ros.ros.parameters import PARAMETERS, Parameters
+from groot_int8_ros.ros.parameters import PARAMETERS, Declaration, Parameters
+from groot_int8_ros.ros.recorder_parameters import RECORDER_PARAMETERS
 
 ARM = (JointSpec("pan", "degrees", -1.0, 90.0), JointSpec("lift", "degrees"))
 ROBOT = RobotDescription(
@@ -60,10 +61,14 @@ def parameters(node: Node, configured: bool = False) -> Parameters:
     return Parameters(node, lambda: configured, lambda names: None)
 
 
+@pytest.mark.parametrize(
+    ("file", "declarations"),
+    [("policy.yaml", PARAMETERS), ("calibration_recorder.yaml", RECORDER_PARAMETERS)],
+)
 def test_yaml_documents_every_parameter_with_its_default_and_range(
-    repository_root: Path,
+    repository_root: Path, file: str, declarations: Mapping[str, Declaration]
 ) -> None:
-    path = repository_root / "config" / "policy.yaml"
+    path = repository_root / "config" / file
     text = path.read_text(encoding="utf-8")
     tree = yaml.safe_load(text)["/**"]["ros__parameters"]
     flat: dict[str, object] = {}
@@ -72,11 +77,11 @@ def test_yaml_documents_every_parameter_with_its_default_and_range(
             flat |= {f"{name}.{inner}": given for inner, given in value.items()}
         else:
             flat[name] = value
-    assert flat == {name: declaration.default for name, declaration in PARAMETERS.items()}
+    assert flat == {name: declaration.default for name, declaration in declarations.items()}
     assert {name: type(value) for name, value in flat.items()} == {
-        name: type(declaration.default) for name, declaration in PARAMETERS.items()
+        name: type(declaration.default) for name, declaration in declarations.items()
     }
-    for name, declaration in PARAMETERS.items():
+    for name, declaration in declarations.items():
         key = name.rpartition(".")[2]
         comment = re.search(rf"((?:^ *#.*\n)*)^ *{key}:", text, re.MULTILINE)
         assert comment is not None

@@ -1,6 +1,6 @@
 """ONNX Runtime on the CPU: the embedded default engine, and the yardstick for every other.
 
-Owns: `OnnxRuntimeEngine`. Must not import TensorRT or torch.
+Owns: `OnnxRuntimeEngine`, `session_options`. Must not import TensorRT or torch.
 """
 
 from __future__ import annotations
@@ -27,6 +27,37 @@ _DTYPES = {
 }
 
 
+def session_options(
+    *, threads: int | None = None, keep_graph_as_written: bool = False
+) -> ort.SessionOptions:
+    """Return options under which a graph's result does not depend on the CPU.
+
+    Args:
+        threads: Threads used inside an operator; ONNX Runtime's choice if None.
+        keep_graph_as_written: Use as little memory as possible: nothing is folded, fused or
+            packed, which would copy weights; weights stay in the mapped file and are cast or
+            dequantised one at a time, just before they are used. A true-size backbone in half
+            precision peaks at 2.7 GB this way, below the size of its file.
+    """
+    options = ort.SessionOptions()
+    # The runtime's own log goes to stderr line by line; what matters reaches the user as an
+    # EngineError.
+    options.log_severity_level = 3
+    # Fused int8 kernels saturate on CPUs without VNNI, so the result would depend on the CPU. A
+    # yardstick computes what the Q/DQ nodes say, everywhere.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if keep_graph_as_written:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        # Prepacking copies every weight; without it they stay in the mapped file.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # The arena keeps what it once took, and the default order casts all weights at the start.
+        options.enable_cpu_mem_arena = False
+        options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+    return options
+
+
 class OnnxRuntimeEngine:
     """One ONNX graph in one ONNX Runtime session."""
 
@@ -38,25 +69,12 @@ class OnnxRuntimeEngine:
         Args:
             path: The `.onnx` file; its external data lie beside it.
             threads: Threads used inside an operator; ONNX Runtime's choice if None.
-            keep_graph_as_written: Switch off graph optimisation and weight packing, which both
-                copy weights: a check of a graph of gigabytes cannot afford that.
+            keep_graph_as_written: See `session_options`.
 
         Raises:
             EngineError: ONNX Runtime cannot load the file.
         """
-        options = ort.SessionOptions()
-        # The runtime's own log goes to stderr line by line; what matters reaches the user as an
-        # EngineError.
-        options.log_severity_level = 3
-        # Fused int8 kernels saturate on CPUs without VNNI, so the result would depend on the CPU.
-        # A yardstick computes what the Q/DQ nodes say, everywhere.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        if threads is not None:
-            options.intra_op_num_threads = threads
-        if keep_graph_as_written:
-            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-            # Prepacking copies every weight; without it they stay in the mapped file.
-            options.add_session_config_entry("session.disable_prepacking", "1")
+        options = session_options(threads=threads, keep_graph_as_written=keep_graph_as_written)
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

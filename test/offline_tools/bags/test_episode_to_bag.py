@@ -26,6 +26,7 @@ from rosbags.rosbag2 import Reader
 from rosbags.typesys import Stores, get_typestore
 
 from groot_int8_ros.errors import ConfigurationError, GrootError, OutputError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.robot import joint_to_policy, load_robot
 from offline_tools import cli
 from offline_tools.bags import messages
@@ -209,6 +210,37 @@ def test_robot_units_are_undone_by_the_nodes_mapping(small_dataset: Path, tmp_pa
             np.testing.assert_allclose(back, values["arm"][row], rtol=0, atol=1e-12)
 
 
+def test_bag_of_a_bundle_has_the_units_that_its_node_expects(
+    tiny_dataset: Path, bundle_copy: Path, tmp_path: Path
+) -> None:
+    manifest = bundle_copy / "manifest.json"
+    content = json.loads(manifest.read_text())
+    for joint in content["robot"]["state_joints"]["single_arm"]:
+        joint.update(name=f"robot/{joint['name']}", unit="degrees")
+    manifest.write_text(json.dumps(content))
+    assert (
+        cli.main(
+            [
+                *("episode-to-bag", "--dataset", str(tiny_dataset), "--episode", "0"),
+                *("--output", str(tmp_path / "bag"), "--bundle", str(bundle_copy)),
+                *("--max-frames", "3"),
+            ]
+        )
+        == 0
+    )
+    robot = open_bundle(bundle_copy).manifest.robot
+    values = LeRobotDataset.open(tiny_dataset).episode(0).state["single_arm"]
+    for row, (_, message) in enumerate(_read(tmp_path / "bag")["/joint_states"]):
+        assert message.name[: values.shape[1]] == [
+            joint.name for joint in robot.state_joints["single_arm"]
+        ]
+        np.testing.assert_allclose(
+            message.position[: values.shape[1]],
+            np.radians(values[row].astype(np.float64)),
+            rtol=1e-9,
+        )
+
+
 def test_command_line_options_reach_the_bag(
     small_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -367,7 +399,7 @@ def test_existing_bag_is_kept_without_force_and_after_a_failure(
     output = tmp_path / "bag"
     convert_episode(small_dataset, 0, output, BagOptions(max_frames=2))
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match="already holds a bag: add --force"):
         convert_episode(small_dataset, 0, output, BagOptions())
     with pytest.raises(GrootError):
         convert_episode(small_dataset, 9, output, BagOptions(), replace=True)
@@ -382,7 +414,7 @@ def test_force_does_not_replace_what_is_no_bag(small_dataset: Path, tmp_path: Pa
     home = tmp_path / "home"
     home.mkdir()
     (home / "thesis.tex").write_text("ten years")
-    with pytest.raises(OutputError, match="is not a bag"):
+    with pytest.raises(OutputError, match="exists and is not a bag"):
         convert_episode(small_dataset, 0, home, BagOptions(), replace=True)
     assert (home / "thesis.tex").read_text() == "ten years"
 

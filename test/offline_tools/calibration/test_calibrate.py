@@ -21,6 +21,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import BagError, CaptureError, ConfigurationError, DatasetError
+from groot_int8_ros.policy.engines import Engine, Tensors
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Observation
 from offline_tools import cli
@@ -28,7 +29,7 @@ from offline_tools.bags import messages
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.dataset_source import EPISODE_SPACING_NS, DatasetSource
-from offline_tools.calibration.run import Recorded, Skipped, capture, complete
+from offline_tools.calibration.run import Recorded, Skipped, capture, complete, run_on
 
 SEED = 5
 SECOND = 1_000_000_000
@@ -107,6 +108,38 @@ def test_feeds_are_what_the_engines_were_given(policy: Policy, from_dataset: Cap
             velocity = engines["action_decoder"].run({"dit_output": output["output"]})
             actions = np.asarray(actions + velocity["velocity"] / np.float32(steps), np.float32)
         np.testing.assert_array_equal(actions[0], sample.chunk.action_pred)
+
+
+class ReusingEngine:
+    """A real engine that answers in the same buffers every time, as one on a GPU does."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._buffers: dict[str, np.ndarray] = {}
+        self.inputs, self.outputs = engine.inputs, engine.outputs
+
+    def run(self, feeds: Tensors) -> dict[str, np.ndarray]:
+        for name, array in self._engine.run(feeds).items():
+            np.copyto(self._buffers.setdefault(name, np.empty_like(array)), array)
+        return self._buffers
+
+    def close(self) -> None:
+        pass
+
+
+def test_capture_is_right_with_an_engine_that_reuses_its_buffers(
+    policy: Policy, from_dataset: CaptureStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = next(from_dataset.samples())
+    assert wanted.images is not None
+    reusing: dict[str, Engine] = {n: ReusingEngine(e) for n, e in policy._engines.items()}
+    monkeypatch.setattr(policy, "_engines", reusing)
+    observation = Observation(wanted.images, wanted.state, wanted.instruction, wanted.stamp_ns)
+    found = run_on(policy, observation, wanted.source, seed=SEED, keep_images=True)
+    # A later observation must not reach into the earlier one's sample.
+    other = replace(observation, stamp_ns=observation.stamp_ns + 1)
+    run_on(policy, other, "other", seed=SEED, keep_images=True)
+    assert_equal_samples([found], [wanted])
 
 
 def test_same_recording_gives_the_same_set_and_it_is_spread_over_the_episode(
@@ -457,14 +490,12 @@ def test_command_writes_store_and_coverage_and_names_what_is_thin(
     assert report["timesteps"] == {"0": 10, "500": 10}
     assert CaptureStore.open(output).content_sha256 == from_dataset.content_sha256
     assert run_command(*arguments) == 2
-    assert "not empty" in capsys.readouterr().err
+    assert "holds a capture store already: go on with" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--samples", "0"], "--samples must be at least 1"),
-        (["--seed", "-1"], "--seed"),
         (["--episodes", "x"], "no list such as"),
         (["--episodes", "7"], "no episode 7"),
     ],

@@ -40,5 +40,5 @@ def test_the_demo_refuses_a_folder_that_is_not_its_own(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     done = run_demo("--output", tmp_path)
     assert done.returncode == 2
-    assert "was not made by this command" in done.stderr
+    assert "exists and is not an output of `groot-int8 demo`" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]

@@ -7,6 +7,7 @@ trajectory message, and are compared with `Policy.infer` on frames read from the
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from groot_int8_ros.policy.policy import Policy
+from offline_tools.bags.dds import TRANSPORTS_VARIABLE
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo.random_checkpoint import write_random_checkpoint
@@ -27,6 +29,12 @@ pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run"
 FRAMES = 90
 RATE = 0.5
 ENOUGH_CHUNKS = 5
+
+
+@pytest.fixture(autouse=True)
+def _users_transports(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The frames are large: they travel as a user's do."""
+    monkeypatch.delenv(TRANSPORTS_VARIABLE, raising=False)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +104,8 @@ def test_the_comparison_notices_a_chunk_of_other_frames(
     assert result.max_error > 1e-5
 
 
-def test_a_node_that_cannot_start_is_reported_with_its_log(tmp_path: Path) -> None:
-    with pytest.raises(LiveRunError, match=r"policy_node .*policy_node\.log"):
+def test_a_node_that_cannot_start_is_reported_with_its_reason_and_log(tmp_path: Path) -> None:
+    before = dict(os.environ)
+    with pytest.raises(LiveRunError, match=r"configuring failed: .*no_bundle.*policy_node\.log"):
         run_live(tmp_path / "no_bag", {"bundle": str(tmp_path / "no_bundle")}, tmp_path / "run")
+    assert dict(os.environ) == before

@@ -25,6 +25,10 @@ from offline_tools.cli import main
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo import random_checkpoint
 from offline_tools.export import bundle_writer, graph
+from offline_tools.export.graph import weight_bytes
+from offline_tools.export.graphs import reference_graphs
+from offline_tools.model.checkpoint import CheckpointReader
+from offline_tools.model.configuration import load_model_config
 
 from .conftest import Exporter
 from .exporter import beginning_with
@@ -105,7 +109,11 @@ def _truncate(path: Path) -> None:
 _DECODER = "action_head.action_decoder.layer1.W"
 
 _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, "processor_config.json is missing"),
+    "no folder": (
+        shutil.rmtree,
+        "checkpoint. A checkpoint is a folder with config.json, processor_config.json, "
+        "statistics.json and model.safetensors",
+    ),
     "weights missing": (
         lambda c: (c / "model.safetensors").unlink(),
         "holds neither model.safetensors nor model.safetensors.index.json",
@@ -140,7 +148,7 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "config missing": (
         lambda c: (c / "config.json").unlink(),
-        "config.json is missing",
+        "config.json is missing. A checkpoint is a folder with config.json",
     ),
     "config of another model": (
         lambda c: _edit(c / "config.json", lambda f: f.update(model_type="Gr00tN1d5")),
@@ -234,7 +242,11 @@ def test_tokenizer_without_image_tokens_is_refused(
     ("options", "message"),
     [
         (("--embodiment", "gr1"), "gr1"),
-        (("--eagle-config", "absent.json"), "absent.json is missing"),
+        (
+            ("--eagle-config", "absent.json"),
+            "absent.json is missing. --eagle-config takes the JSON file",
+        ),
+        (("--eagle-config", "."), ". is a folder. --eagle-config takes the JSON file"),
         (("--tokenizer", "absent"), "absent/tokenizer.json does not exist"),
         (("--robot", "absent.yaml"), "cannot read the robot description absent.yaml"),
         (("--dataset", "absent"), "absent"),
@@ -342,6 +354,31 @@ def test_disk_that_is_too_small_is_seen_before_writing(
     usage = shutil.disk_usage(output.folder)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=50 << 20))
     output.refuses(checkpoint, tiny_dataset, "has 0.1 GB free; nothing was written. Free space")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_forecast_of_the_disk_space_is_what_the_weights_take(
+    request: pytest.FixtureRequest, precision: str
+) -> None:
+    # The first checkpoint is stored in half the bytes of its bundle, the second in as many.
+    names = {
+        "fp32": ("tiny_bundle", "tiny_checkpoint"),
+        "fp16": ("fp16_bundle", "minimal_checkpoint"),
+    }
+    folder, checkpoint = (request.getfixturevalue(name) for name in names[precision])
+    bundle = open_bundle(folder, verify_hashes=False)
+    height, width = bundle.manifest.graphs["backbone"].inputs["pixel_values"].shape[2:]
+    graphs = reference_graphs(
+        load_model_config(checkpoint)[0],
+        CheckpointReader(checkpoint).tensor,
+        embodiment_id=bundle.processor.embodiment_id,
+        image_shape=(int(height), int(width)),
+        precision=precision,
+    )
+    for name, reference in graphs.items():
+        written = bundle.graph_path(name).with_suffix(".onnx.data").stat().st_size
+        # Tables that the graph holds beside its weights, and padding, are small.
+        assert 0.9 * written <= weight_bytes(reference.spec) <= 1.1 * written, name
 
 
 @pytest.fixture

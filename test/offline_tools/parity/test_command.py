@@ -214,6 +214,51 @@ def test_a_golden_set_that_cannot_be_used_is_explained(
     assert said in capsys.readouterr().err
 
 
+def _refuse_the_tag(checkpoint: Path, recorded: bool) -> None:
+    """Give the checkpoint an embodiment that is not implemented: the recorded one or a second."""
+    path = checkpoint / "processor_config.json"
+    config = json.loads(path.read_text())
+    modalities = config["processor_kwargs"]["modality_configs"]
+    (tag,) = modalities
+    end_effector = json.loads(json.dumps(modalities[tag]))
+    end_effector["video"]["delta_indices"] = [-1, 0]
+    modalities["two_frames"] = end_effector if not recorded else modalities[tag]
+    if recorded:
+        modalities[tag] = end_effector
+    path.write_text(json.dumps(config))
+    path = checkpoint / "statistics.json"
+    statistics = json.loads(path.read_text())
+    statistics["two_frames"] = statistics[tag]
+    path.write_text(json.dumps(statistics))
+    path = checkpoint / "embodiment_id.json"
+    ids = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**ids, "two_frames": 3}))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_embodiment_that_cannot_be_used_is_said_with_the_reason(
+    golden_dir: Path,
+    small_golden: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    recorded: bool,
+) -> None:
+    checkpoint = writable_copy(golden_dir, tmp_path)
+    (tag,) = json.loads((checkpoint / "processor_config.json").read_text())["processor_kwargs"][
+        "modality_configs"
+    ]
+    _refuse_the_tag(checkpoint, recorded)
+    code = parity(checkpoint, small_golden, golden_dir / "tokenizer")
+    shown = capsys.readouterr()
+    if recorded:
+        assert code == 2
+        assert "which the checkpoint does not describe" in shown.err
+        assert f"\nNot usable: embodiment {tag!r}: {tag}.video" in shown.err
+    else:
+        assert code == 0
+        assert "note: not usable: embodiment 'two_frames': two_frames.video" in shown.out
+
+
 def test_an_eagle_config_of_other_sizes_is_refused(
     golden_dir: Path, small_golden: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from groot_int8_ros.policy.policy import Policy
+
 onnx = pytest.importorskip("onnx", reason="quantisation needs the extra 'offline'")
 
 Feed = Mapping[str, NDArray[Any]]
@@ -71,3 +73,31 @@ def two_products(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def capture_into() -> Callable[[Path, Path, int, Path], Path]:
+    """Captures a float bundle's inputs on a dataset into a store, as `calibrate` does."""
+    pytest.importorskip("av", reason="reading a dataset needs PyAV")
+    from offline_tools.calibration.dataset_source import DatasetSource
+    from offline_tools.calibration.run import capture
+
+    def capture_dataset(bundle: Path, dataset: Path, count: int, store: Path) -> Path:
+        policy = Policy.load(bundle)
+        source = DatasetSource(dataset, policy)
+        capture(policy, source, store, samples=count, seed=0, report=lambda _: None)
+        policy.close()
+        return store
+
+    return capture_dataset
+
+
+@pytest.fixture(scope="session")
+def store(
+    capture_into: Callable[[Path, Path, int, Path], Path],
+    fp16_bundle: Path,
+    tiny_dataset: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """Eight captured samples for `fp16_bundle`. Tests only read it."""
+    return capture_into(fp16_bundle, tiny_dataset, 8, tmp_path_factory.mktemp("capture") / "store")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.engine.rtx import check_build
 from offline_tools.quantize import arithmetic
+from offline_tools.quantize.arithmetic import hadamard
 from offline_tools.quantize.layers import find_layers, load_graph
 from offline_tools.quantize.qdq import quantize_graph
+from offline_tools.quantize.ranges import static_range
 from offline_tools.quantize.statistics import GraphStatistics, collect
 
 Feeds = Callable[[], Iterator[Mapping[str, NDArray[Any]]]]
@@ -31,6 +34,8 @@ SCHEMES = (
     LayerScheme("static", "max", 0.5),
     LayerScheme("row"),
     LayerScheme("row", None, 0.5),
+    LayerScheme("row", None, None, 16),
+    LayerScheme("row", None, 0.5, 8),
 )
 BY_NAME = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)
 
@@ -61,16 +66,21 @@ def _expected(
 ) -> list[NDArray[Any]]:
     """Compute both products from the definitions, in the order of the graph's nodes."""
     rows = x.astype(np.float32)
-    columns = [weight.astype(np.float32) for weight in weights]
+    columns: list[NDArray[Any]] = [weight.astype(np.float32) for weight in weights]
     if scheme.migration_alpha is not None:
-        s = arithmetic.migration_factors(np.abs(rows).max(0), columns, scheme.migration_alpha)
+        weight_max = np.max([np.abs(weight).max(axis=1) for weight in columns], axis=0)
+        sizes = seen.inputs["x"].migration_sizes(scheme)
+        s = arithmetic.migration_factors(sizes, weight_max, scheme.migration_alpha)
         rows, columns = rows / s, [weight * s[:, None] for weight in columns]
+    if scheme.rotation is not None:
+        mixing: NDArray[Any] = np.kron(
+            np.eye(16 // scheme.rotation, dtype=np.float32), hadamard(scheme.rotation)
+        )
+        rows, columns = rows @ mixing, [mixing.T @ weight for weight in columns]
     if scheme.activation == "row":
         restored = arithmetic.row_input(rows)
     else:
         histogram = seen.inputs["x"].histogram
-        from offline_tools.quantize.ranges import static_range
-
         assert scheme.range_method is not None
         top = (
             np.abs(rows).max()
@@ -158,23 +168,32 @@ def test_static_loses_what_a_massive_activation_hides_and_row_keeps_it(
 
 
 @pytest.mark.parametrize("bundle", ["tiny_bundle", "fp16_bundle"])
-@pytest.mark.parametrize("scheme", [SCHEMES[3], SCHEMES[5]], ids=lambda scheme: scheme.name)
+@pytest.mark.parametrize(
+    ("graph", "scheme"),
+    [
+        ("dit", LayerScheme("static", "max", 0.5)),
+        ("dit", LayerScheme("row", None, 0.5, 16)),
+        ("backbone", LayerScheme("row")),
+    ],
+    ids=["dit-static", "dit-row", "backbone-row"],
+)
 def test_tensorrt_rtx_builds_every_quantised_graph(
     request: pytest.FixtureRequest,
     tmp_path: Path,
     dit_feeds: Feeds,
     bundle: str,
+    graph: str,
     scheme: LayerScheme,
 ) -> None:
     if importlib.util.find_spec("tensorrt_rtx") is None:
         pytest.skip("tensorrt_rtx is not installed")
     opened = open_bundle(request.getfixturevalue(bundle))
-    source = opened.graph_path("dit")
+    source = opened.graph_path(graph)
     plan = {layer.name: scheme for layer in find_layers(load_graph(source))}
     target = tmp_path / source.name
-    quantize_graph(source, target, plan, collect(source, dit_feeds))
-    lengths = {"batch": 1, "sequence": 64, "images": 2}
-    result = check_build(target, opened.manifest.graphs["dit"], lengths)
+    quantize_graph(source, target, plan, collect(source, dit_feeds) if graph == "dit" else None)
+    lengths = {"batch": 1, "sequence": 256, "images": 2}
+    result = check_build(target, opened.manifest.graphs[graph], lengths)
     assert result.engine_bytes > 0
 
 
@@ -201,7 +220,7 @@ def test_statistics_of_another_width_are_refused(
     source = two_products(*_weights(np.float32))
     seen = _statistics(source, _input(np.float32))
     entry = seen.inputs["x"]
-    narrow = type(entry)(entry.layers, entry.histogram, entry.channel_max[:8], entry.rows)
+    narrow = replace(entry, channel_max=entry.channel_max[:8])
     with pytest.raises(QuantizationError, match=r"8 channels.*16"):
         quantize_graph(
             source, tmp_path / "o.onnx", {"first": SCHEMES[0]}, GraphStatistics({"x": narrow}, 1)

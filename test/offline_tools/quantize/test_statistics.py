@@ -32,6 +32,8 @@ def test_maxima_are_exact_and_the_rows_are_those_of_the_samples(
     assert found.samples == 5
     assert seen.layers == ("first", "second")
     assert np.array_equal(seen.channel_max, np.abs(everything).max(axis=0))
+    levels = np.abs(everything) / np.sqrt(np.mean(everything**2, axis=1, keepdims=True))
+    assert seen.channel_level == pytest.approx(levels.mean(axis=0), rel=1e-5)
     assert seen.histogram.total == everything.size
     assert len(seen.rows) == 7
     assert {tuple(row) for row in seen.rows} <= {tuple(row) for row in everything}

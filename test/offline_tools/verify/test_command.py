@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +14,9 @@ import pytest
 pytest.importorskip("torch", reason="the reference runs in torch")
 pytest.importorskip("transformers", reason="the reference needs transformers")
 
+from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.cli import main
+from offline_tools.dataset import lerobot, video
 
 Reseal = Callable[[Path], None]
 
@@ -168,7 +170,6 @@ def test_bundle_of_another_checkpoint_is_refused(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--samples", 0), "--samples must be at least 1"),
         (("--dataset", "absent"), "absent"),
         (("--episode", 9, "--dataset", "@dataset"), "9"),
     ],
@@ -184,3 +185,53 @@ def test_wrong_option_is_one_message(
     words = [tiny_dataset if word == "@dataset" else word for word in options]
     assert _verify(bundle_copy, tiny_checkpoint, *words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_frames_behind_the_last_wanted_one_are_not_decoded(
+    bundle_copy: Path,
+    tiny_checkpoint: Path,
+    tiny_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    read = video.read_rgb_frames
+    decoded: list[Path] = []
+
+    def counted(path: Path, count: int, size: tuple[int, int]) -> Iterator[UInt8Array]:
+        for frame in read(path, count, size):
+            decoded.append(path)
+            yield frame
+
+    monkeypatch.setattr(lerobot, "read_rgb_frames", counted)
+    assert _verify(bundle_copy, tiny_checkpoint, "--dataset", tiny_dataset, "--samples", 1) == 0
+    # The first frame of each of the two cameras, of 45.
+    assert len(decoded) == len(set(decoded)) == 2
+
+
+def test_dataset_of_other_cameras_is_refused_with_both_lists(
+    bundle_copy: Path,
+    tiny_checkpoint: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    modality = dataset / "meta" / "modality.json"
+    content = json.loads(modality.read_text())
+    content["video"]["top"] = content["video"].pop("wrist")
+    modality.write_text(json.dumps(content))
+    assert _verify(bundle_copy, tiny_checkpoint, "--dataset", dataset) == 2
+    error = capsys.readouterr().err
+    assert "the bundle sees through the cameras front, wrist, but" in error
+    assert "has front, top: name the dataset that the policy was trained on" in error
+
+
+def test_verdict_is_printed_although_the_report_cannot_be_written(
+    bundle_copy: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # A file in the folder's place also stops root, whom permissions do not.
+    (bundle_copy / "reports").write_text("in the way")
+    assert _verify(bundle_copy, tiny_checkpoint, "--samples", 1) == 2
+    shown = capsys.readouterr()
+    assert shown.out.rstrip().endswith("PASS")
+    assert "cannot write" in shown.err
+    assert "verify.json" in shown.err

@@ -1,0 +1,205 @@
+"""What quantisation did to the actions: the whole policy on captured samples, float against INT8.
+
+Owns: running graphs on samples from end to end, and the metrics. Must not import torch.
+
+Both policies start from the same captured backbone inputs, state and noise, so every difference is
+the graphs'. One large graph is loaded at a time, with its weights mapped from their file; that is
+what lets a true-size model be judged on a small machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from groot_int8_ros.capture.sample import CaptureSample
+from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle
+from groot_int8_ros.policy.engines import Engine
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.postprocess import decode_actions
+from groot_int8_ros.policy.preprocess import ModelInputs
+from groot_int8_ros.policy.processor import Processor
+from groot_int8_ros.policy.types import Float32Array, Float64Array
+
+Features = list[dict[str, np.ndarray]]
+
+# A jerk is a third difference over the steps of a chunk.
+_JERK_ORDER = 3
+
+
+@dataclass(frozen=True)
+class ActionErrors:
+    """How far one policy's actions lie from another's, over all samples.
+
+    Attributes:
+        relative_l2: Norm of the difference of the normalised actions over the reference's norm;
+            of the dimensions that the embodiment uses.
+        cosine: Cosine similarity of the same.
+        max_error: Action key to the largest absolute difference of its targets, in joint units.
+        p99_error: Action key to the 99th percentile of the same.
+        jerk_ratio: Root mean square of the chunks' third differences over the reference's: above
+            1 the chunks have become rougher.
+    """
+
+    relative_l2: float
+    cosine: float
+    max_error: Mapping[str, float]
+    p99_error: Mapping[str, float]
+    jerk_ratio: float
+
+    def to_dict(self) -> dict[str, float]:
+        """Return the metrics by name, those of an action key as `max_error/KEY`."""
+        errors = {
+            "relative_l2": self.relative_l2,
+            "cosine": self.cosine,
+            "jerk_ratio": self.jerk_ratio,
+        }
+        for name, by_key in (("max_error", self.max_error), ("p99_error", self.p99_error)):
+            errors |= {f"{name}/{key}": value for key, value in by_key.items()}
+        return errors
+
+
+class ActionRunner:
+    """Answers captured samples with the graphs of a bundle, or with others in their place."""
+
+    def __init__(
+        self, bundle: Bundle, samples: Sequence[CaptureSample], *, threads: int | None = None
+    ) -> None:
+        """Take samples.
+
+        Args:
+            bundle: The float bundle; what is not replaced runs from it.
+            samples: With backbone inputs, normalised state and noise.
+            threads: CPU threads inside an operator; ONNX Runtime's choice if None.
+
+        Raises:
+            QuantizationError: There is no sample, or one lacks what is needed.
+        """
+        if not samples:
+            raise QuantizationError("there is no sample to judge the actions on")
+        for sample in samples:
+            if sample.backbone is None or sample.normalised_state is None or sample.noise is None:
+                raise QuantizationError(
+                    f"the sample {sample.source} lacks backbone inputs, normalised state or "
+                    "noise, which the policy needs to answer it. Compute them: groot-int8 "
+                    "calibrate --bundle BUNDLE --complete STORE --output NEW_FOLDER"
+                )
+        self._bundle = bundle
+        self._samples = samples
+        self._threads = threads
+
+    @property
+    def samples(self) -> Sequence[CaptureSample]:
+        """The samples that are answered."""
+        return self._samples
+
+    def features(self, backbone: Path | None = None) -> Features:
+        """Run a backbone, the bundle's own if None, and return its outputs for each sample."""
+        engine = self._engine("backbone", backbone)
+        policy = Policy(self._bundle, {"backbone": engine})
+        found = []
+        for sample in self._samples:
+            assert sample.backbone is not None
+            found.append(policy.backbone_features(_model_inputs(sample)))
+        policy.close()
+        return found
+
+    def actions(self, features: Features, dit: Path | None = None) -> list[Float32Array]:
+        """Integrate the flow with a DiT, the bundle's own if None.
+
+        Args:
+            features: What `features` gave.
+            dit: The graph.
+
+        Returns:
+            Normalised actions for each sample, float32 (horizon, max_action_dim).
+        """
+        engines = {
+            name: self._engine(name, dit if name == "dit" else None)
+            for name in GRAPH_FILES
+            if name != "backbone"
+        }
+        policy = Policy(self._bundle, engines)
+        found = []
+        for sample, one in zip(self._samples, features, strict=True):
+            assert sample.normalised_state is not None
+            assert sample.noise is not None
+            found.append(policy.denoise(one, sample.normalised_state[None], sample.noise))
+        policy.close()
+        return found
+
+    def compare(
+        self, reference: Sequence[Float32Array], found: Sequence[Float32Array]
+    ) -> ActionErrors:
+        """Compare two lists of what `actions` gave."""
+        return compare_actions(self._bundle.processor, self._samples, reference, found)
+
+    def _engine(self, name: str, replacement: Path | None) -> Engine:
+        return OnnxRuntimeEngine(
+            replacement or self._bundle.graph_path(name),
+            threads=self._threads,
+            keep_graph_as_written=True,
+        )
+
+
+def compare_actions(
+    processor: Processor,
+    samples: Sequence[CaptureSample],
+    reference: Sequence[Float32Array],
+    found: Sequence[Float32Array],
+) -> ActionErrors:
+    """Compare two policies' answers to the same samples.
+
+    Args:
+        processor: The embodiment's conventions.
+        samples: What was answered; relative actions are decoded against their states.
+        reference: Normalised actions taken as right, float32 (horizon, max_action_dim) each.
+        found: Normalised actions under test.
+
+    Returns:
+        The metrics; values that are not finite count as an infinite error.
+    """
+    used = slice(0, sum(key.dim for key in processor.action_keys))
+    steps = slice(0, processor.action_steps)
+    wanted = np.stack([one[steps, used] for one in reference]).astype(np.float64)
+    got = np.stack([one[steps, used] for one in found]).astype(np.float64)
+    if not np.isfinite(got).all():
+        broken = dict.fromkeys((key.key for key in processor.action_keys), float("inf"))
+        return ActionErrors(float("inf"), 0.0, broken, broken, float("inf"))
+    norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
+    gaps: dict[str, list[Float64Array]] = {}
+    jerks = np.zeros(2)
+    for sample, one, other in zip(samples, reference, found, strict=True):
+        decoded = [decode_actions(processor, value, sample.state) for value in (one, other)]
+        for key in decoded[0]:
+            pair = [value[key].astype(np.float64) for value in decoded]
+            gaps.setdefault(key, []).append(np.abs(pair[0] - pair[1]).ravel())
+    if wanted.shape[1] > _JERK_ORDER:
+        jerks = np.array(
+            [np.linalg.norm(np.diff(value, _JERK_ORDER, axis=1)) for value in (wanted, got)]
+        )
+    return ActionErrors(
+        relative_l2=float(np.linalg.norm(got - wanted)) / norms[0] if norms[0] else float("inf"),
+        cosine=float(np.sum(wanted * got)) / (norms[0] * norms[1]) if all(norms) else 0.0,
+        max_error={key: float(np.concatenate(gap).max()) for key, gap in gaps.items()},
+        p99_error={
+            key: float(np.percentile(np.concatenate(gap), 99.0)) for key, gap in gaps.items()
+        },
+        jerk_ratio=float(jerks[1] / jerks[0]) if jerks[0] else 1.0,
+    )
+
+
+def _model_inputs(sample: CaptureSample) -> ModelInputs:
+    assert sample.backbone is not None
+    assert sample.normalised_state is not None
+    return ModelInputs(
+        pixel_values=sample.backbone.pixel_values,
+        input_ids=sample.backbone.input_ids[None],
+        attention_mask=sample.backbone.attention_mask[None],
+        state=sample.normalised_state[None],
+    )

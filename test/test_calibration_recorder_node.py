@@ -1,0 +1,415 @@
+"""The calibration recorder as a user runs it: its own process, real DDS, a real bundle.
+
+What it stores is held against what was published and against what the policy computes; the policy
+node, where there is one, is a third process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import Image, JointState
+from std_msgs.msg import String
+from std_srvs.srv import Trigger
+
+from groot_int8_ros.capture.sample import CaptureSample
+from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.errors import CaptureError
+from groot_int8_ros.policy.policy import Policy, draw_noise
+from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.ros.joints import time_message
+from offline_tools.calibration.run import complete, run_on
+
+DEADLINE_S = 120.0
+PERIOD_S = 0.1
+# Another range than the other node tests' domains: suites may run side by side.
+DOMAIN_ID = 1 + (os.getpid() + 50) % 100
+SEED = 11
+SECOND = 1_000_000_000
+RECORDER = "calibration_recorder"
+
+
+@pytest.fixture(scope="module")
+def policy(tiny_bundle: Path) -> Iterator[Policy]:
+    loaded = Policy.load(tiny_bundle, threads=1)
+    yield loaded
+    loaded.close()
+
+
+class Robot:
+    """Publishes cameras and joints, and remembers what it published by stamp."""
+
+    def __init__(self, node: Node, executor: SingleThreadedExecutor, policy: Policy) -> None:
+        self.node = node
+        self._executor = executor
+        self._policy = policy
+        self._random = np.random.default_rng(3)
+        self._cameras = {
+            camera: node.create_publisher(Image, f"/cameras/{camera.key}/image_raw", 5)
+            for camera in policy.robot.cameras
+        }
+        self._joints = node.create_publisher(JointState, "/joint_states", 5)
+        self._instruction = node.create_publisher(String, "/instruction", 5)
+        self._clock = node.create_publisher(Clock, "/clock", 5)
+        self.published: dict[int, Observation] = {}
+        self.statuses: dict[str, DiagnosticStatus] = {}
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.statuses |= {status.name: status for status in message.status}
+
+    def observe(self, stamp: int | None = None, instruction: str = "pick up the cube") -> int:
+        """Publish one observation; with a stamp, /clock says that stamp too."""
+        if stamp is None:
+            stamp = int(self.node.get_clock().now().nanoseconds)
+        else:
+            self._clock.publish(Clock(clock=time_message(stamp)))
+        # Content is a function of the stamp, so that a loop brings the same again.
+        random = np.random.default_rng(stamp)
+        robot = self._policy.robot
+        state = {
+            key: random.uniform(-0.5, 0.5, len(joints)).astype(np.float32)
+            for key, joints in robot.state_joints.items()
+        }
+        images = {
+            camera.key: random.integers(0, 256, (camera.height, camera.width, 3), dtype=np.uint8)
+            for camera in robot.cameras
+        }
+        self.published[stamp] = Observation(images, state, instruction, stamp)
+        self._instruction.publish(String(data=instruction))
+        joints = JointState(
+            name=[joint.name for joints in robot.state_joints.values() for joint in joints],
+            position=np.concatenate(list(state.values())).astype(np.float64).tolist(),
+        )
+        joints.header.stamp = time_message(stamp)
+        self._joints.publish(joints)
+        for camera, publisher in self._cameras.items():
+            frame = images[camera.key]
+            message = Image(
+                height=camera.height,
+                width=camera.width,
+                encoding="rgb8",
+                step=camera.width * 3,
+                data=frame.tobytes(),
+            )
+            message.header.stamp = time_message(stamp)
+            publisher.publish(message)
+        return stamp
+
+    def spin(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self._executor.spin_once(timeout_sec=left)
+
+    def until(
+        self, met: Callable[[], Any], what: str, publish: Callable[[], object] = lambda: None
+    ) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not met():
+            if time.monotonic() > end:
+                said = {name: status.message for name, status in self.statuses.items()}
+                pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {said}")
+            publish()
+            self.spin(PERIOD_S)
+
+    def call(self, service: str) -> Trigger.Response:
+        client: Any = self.node.create_client(Trigger, f"/{RECORDER}/{service}")
+        self.until(client.service_is_ready, f"service {service}")
+        future = client.call_async(Trigger.Request())
+        self.until(future.done, f"answer of {service}")
+        self.node.destroy_client(client)
+        return future.result()
+
+    @property
+    def said(self) -> str:
+        status = self.statuses.get(f"{RECORDER}: recorder")
+        return status.message if status else ""
+
+    def value(self, key: str) -> int:
+        status = self.statuses.get(f"{RECORDER}: recorder")
+        values = {item.key: item.value for item in status.values} if status else {}
+        return int(values.get(key, 0))
+
+
+@pytest.fixture
+def robot(policy: Policy) -> Iterator[Robot]:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    node = Node("robot", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    yield Robot(node, executor, policy)
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+class Started:
+    """A node in a process of its own."""
+
+    def __init__(self, module: str, folder: Path, parameters: dict[str, object]) -> None:
+        folder.mkdir()
+        file = folder / "parameters.yaml"
+        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
+        self._log = folder / "log.txt"
+        command = [sys.executable, "-m", f"groot_int8_ros.{module}"]
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [*command, "--ros-args", "--params-file", str(file)],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=os.environ
+                | {
+                    "ROS_DOMAIN_ID": str(DOMAIN_ID),
+                    "OMP_NUM_THREADS": "1",
+                    "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4",
+                },
+            )
+
+    def text(self) -> str:
+        return self._log.read_text()
+
+    def end(self, number: int) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(DEADLINE_S)
+
+
+Start = Callable[..., Started]
+
+
+@pytest.fixture
+def start(tmp_path: Path, tiny_bundle: Path) -> Iterator[Start]:
+    started: list[Started] = []
+
+    def begin(
+        module: str = "calibration_recorder_node",
+        **changes: object,
+    ) -> Started:
+        parameters: dict[str, object] = {
+            "bundle": str(tiny_bundle),
+            "threads": 1,
+            "seed": SEED,
+            "inference_rate_hz": 20.0,
+            "max_observation_age_s": 5.0,
+            "max_observation_skew_s": 0.05,
+            "sensor_qos.reliability": "reliable",
+            "sensor_qos.depth": 5,
+            "autostart": True,
+        }
+        if module == "calibration_recorder_node":
+            parameters |= {"output": str(tmp_path / "store"), "samples_per_shard": 2}
+        folder = tmp_path / f"node{len(started)}"
+        started.append(Started(module, folder, parameters | changes))
+        return started[-1]
+
+    yield begin
+    for node in started:
+        if node.process.poll() is None:
+            node.process.kill()
+            node.process.wait()
+
+
+@pytest.fixture(autouse=True)
+def transports(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
+
+
+def assert_as_published(sample: CaptureSample, robot: Robot) -> Observation:
+    observation = robot.published[sample.stamp_ns]
+    assert sample.images is not None
+    for key, image in observation.images.items():
+        np.testing.assert_array_equal(sample.images[key], image)
+    for key, values in observation.state.items():
+        np.testing.assert_array_equal(sample.state[key], values)
+    assert sample.instruction == observation.instruction
+    return observation
+
+
+def test_recorded_chunks_are_completed_to_what_the_policy_computes_bit_for_bit(
+    start: Start, robot: Robot, policy: Policy, tmp_path: Path
+) -> None:
+    recorder = start(samples=6)
+    robot.until(lambda: "no chunk of policy_node" in robot.said, "the recorder's complaint")
+    start("policy_node")
+    robot.until(lambda: robot.value("offered") >= 9, "nine paired chunks", robot.observe)
+    answer = robot.call("finish")
+    assert answer.success, answer.message
+    assert answer.message.startswith("6 samples of ")
+    assert robot.call("finish").success
+    assert not robot.call("resume").success
+    assert recorder.end(signal.SIGINT) == 0
+    assert "Traceback" not in recorder.text()
+
+    store = CaptureStore.open(tmp_path / "store")
+    assert store.index.finished
+    assert store.index.offered >= 9
+    assert len(store) == 6
+    store.check_bundle(policy.manifest)
+    direct = {}
+    for sample in store.samples():
+        observation = assert_as_published(sample, robot)
+        assert sample.seed == SEED
+        np.testing.assert_array_equal(
+            sample.noise, draw_noise(SEED, sample.stamp_ns, policy.noise_shape)
+        )
+        direct[sample.stamp_ns] = run_on(
+            policy, observation, sample.source, seed=SEED, keep_images=True
+        )
+        assert sample.chunk is not None
+        wanted = direct[sample.stamp_ns].chunk
+        assert wanted is not None
+        for key, actions in wanted.actions.items():
+            # The published trajectory is float64, so a float32 target comes back as it was.
+            np.testing.assert_allclose(sample.chunk.actions[key], actions, rtol=1e-5, atol=1e-6)
+
+    # Both ways, from the robot's record and straight from the observation, give the same arrays.
+    done = complete(policy, store, tmp_path / "full", keep_images=True, report=lambda _: None)
+    assert done.completed == 6
+    assert max(done.largest_difference.values()) <= 1e-5
+    for sample in done.store.samples():
+        found, wanted_arrays = sample.arrays(), direct[sample.stamp_ns].arrays()
+        assert found.keys() == wanted_arrays.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, wanted_arrays[name], err_msg=name)
+    assert len(done.store.feeds("dit")) == 6 * policy.manifest.denoising_steps
+
+
+def test_without_a_policy_node_it_records_pauses_and_goes_on(
+    start: Start, robot: Robot, policy: Policy, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False, samples=4)
+    robot.until(lambda: robot.value("offered") >= 6, "six observations", robot.observe)
+    assert robot.call("pause").success
+    robot.until(lambda: robot.said == "paused", "the pause")
+    before = robot.value("offered")
+    for _ in range(5):
+        robot.observe()
+        robot.spin(PERIOD_S)
+    assert robot.call("resume").success
+    robot.until(lambda: robot.said == "recording", "the end of the pause")
+    assert robot.value("offered") <= before + 1, "it recorded while paused"
+    robot.until(lambda: robot.value("offered") >= before + 3, "more", robot.observe)
+    assert recorder.end(signal.SIGTERM) == 0
+    store = CaptureStore.open(tmp_path / "store")
+    assert store.index.finished, "SIGTERM did not finish the store"
+    assert len(store) == 4
+    for sample in store.samples():
+        assert_as_published(sample, robot)
+        assert sample.chunk is None
+        np.testing.assert_array_equal(
+            sample.noise, draw_noise(SEED, sample.stamp_ns, policy.noise_shape)
+        )
+    # The whole run counts, not its first observations.
+    stamps = sorted(robot.published)
+    assert max(sample.stamp_ns for sample in store.samples()) > stamps[6]
+    assert complete(policy, store, tmp_path / "full", report=lambda _: None).completed == 4
+
+
+def test_looped_bag_in_simulation_time_gives_each_moment_once(
+    start: Start, robot: Robot, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False, use_sim_time=True, samples=100)
+    robot.until(lambda: robot.said, "the recorder")
+    moments = [1000 * SECOND + i * SECOND // 5 for i in range(8)]
+
+    def passes() -> Iterator[int]:
+        while True:
+            yield from moments
+
+    following = passes()
+
+    def tick() -> None:
+        robot.observe(next(following))
+
+    robot.until(lambda: robot.value("offered") >= 20, "twenty observations", tick)
+    assert recorder.end(signal.SIGINT) == 0
+    samples = list(CaptureStore.open(tmp_path / "store").samples())
+    stamps = [sample.stamp_ns for sample in samples]
+    assert len(set(stamps)) == len(stamps) <= len(moments)
+    for sample in samples:
+        assert_as_published(sample, robot)
+
+
+def test_killed_recorder_loses_at_most_the_samples_it_held(
+    start: Start, robot: Robot, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False, samples=50)
+    robot.until(lambda: robot.value("kept") >= 5, "five samples", robot.observe)
+    kept = robot.value("kept")
+    recorder.end(signal.SIGKILL)
+    store = CaptureStore.open(tmp_path / "store")
+    assert not store.index.finished
+    assert len(store) >= kept - 2
+    for sample in store.samples():
+        assert_as_published(sample, robot)
+
+
+def test_full_disk_stops_the_recording_with_its_reason_and_keeps_what_was_written(
+    start: Start, robot: Robot, policy: Policy, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False, samples=50, samples_per_shard=1)
+    frame_bytes = sum(3 * camera.height * camera.width for camera in policy.robot.cameras)
+    robot.until(lambda: robot.value("kept") >= 3, "three samples", robot.observe)
+    # A limit on file sizes makes a write fail with an OSError, as a full disk does.
+    limits = resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE)
+    full = (frame_bytes // 2, limits[1])
+    resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE, full)
+    robot.until(lambda: robot.said.startswith("stopped: cannot write"), "the stop", robot.observe)
+    assert "were written before are whole" in robot.said
+    whole = len(list(CaptureStore.open(tmp_path / "store").samples()))
+    assert whole >= 3
+    refused = robot.call("finish")
+    assert not refused.success
+    assert "cannot write" in refused.message
+    resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE, limits)
+    assert robot.call("resume").success
+    assert recorder.end(signal.SIGINT) == 0
+    store = CaptureStore.open(tmp_path / "store")
+    assert store.index.finished
+    assert len(store) > whole, "the sample that did not fit was lost"
+
+
+def test_occupied_folder_is_left_alone_and_configuring_says_so(
+    start: Start, robot: Robot, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "mine.txt").write_text("keep")
+    recorder = start(with_chunks=False)
+    robot.until(lambda: "exists and is not empty" in robot.said, "the refusal")
+    assert not robot.call("finish").success
+    assert recorder.end(signal.SIGINT) == 0
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["mine.txt"]
+
+
+def test_run_without_observations_leaves_no_store_and_says_so(
+    start: Start, robot: Robot, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False)
+    robot.until(lambda: "missing" in robot.said, "what is missing")
+    answer = robot.call("finish")
+    assert not answer.success
+    assert "no sample was captured" in answer.message
+    assert recorder.end(signal.SIGINT) == 0
+    with pytest.raises(CaptureError, match="no capture store"):
+        CaptureStore.open(tmp_path / "store")
