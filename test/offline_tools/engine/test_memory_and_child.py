@@ -65,10 +65,10 @@ def test_death_of_the_builder_is_explained(number: signal.Signals, message: str)
         run_in_child(signal.raise_signal, int(number), what="building dit")
 
 
-def test_errors_cross_the_process_as_what_they_are() -> None:
+def test_errors_cross_the_process_as_what_they_are(tmp_path: Path) -> None:
     assert run_in_child(os.path.basename, "/a/b", what="naming") == "b"
     with pytest.raises(BundleError, match="is not a bundle"):
-        run_in_child(open_bundle, Path("nowhere"), what="building")
+        run_in_child(open_bundle, tmp_path, what="building")
     with pytest.raises(ChildProcessBugError, match="TypeError"):
         run_in_child(os.path.basename, 5, what="building")
 
