@@ -10,7 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from groot_int8_ros import __version__
@@ -25,6 +25,7 @@ from offline_tools.compare_quantization.comparison import (
     BFLOAT16,
     FLOAT16,
     Model,
+    Refusal,
     Row,
     bundle_actions,
     compare_schemes,
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     refuse_occupied(args.output)
     schemes = _runnable(args.schemes)
     rows: list[Row] = []
+    refusals: list[Refusal] = []
     with (
         atomic_directory(args.output) as folder,
         tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work,
@@ -97,9 +99,13 @@ def run(args: argparse.Namespace) -> int:
         for model, source in _models(args, Path(work)):
             if not rows:
                 print(table.header(list(model.errors(model.evaluation.action_pred).by_unit)))
-            rows += _compare(args, model, source, schemes, Path(work) / "quantised")
+            for result in _compare(args, model, source, schemes, Path(work) / "quantised"):
+                if isinstance(result, Row):
+                    rows.append(result)
+                else:
+                    refusals.append(result)
         shutil.rmtree(work)
-        said = table.verdicts(rows)
+        said = table.verdicts(rows, refusals)
         report = {
             "version": __version__,
             "source": (args.checkpoint or args.bundle).name,
@@ -109,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
             "seed": args.seed,
             "verdicts": said,
             "rows": [row.to_dict() for row in rows],
+            "refusals": [asdict(refusal) for refusal in refusals],
         }
         text = json.dumps(report, indent=1, allow_nan=False)
         (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
@@ -215,8 +222,8 @@ def _prepare(args: argparse.Namespace, name: str, bundle: Bundle) -> Model:
 
 def _compare(
     args: argparse.Namespace, model: Model, source: _Source | None, schemes: list[str], work: Path
-) -> list[Row]:
-    rows = []
+) -> list[Row | Refusal]:
+    rows: list[Row] = []
     yardstick: float | None = None
     budget = DEFAULT_BUDGET
     if source is not None:
@@ -252,9 +259,13 @@ def _compare(
         for row in rows:
             print(table.line(row, yardstick), flush=True)
 
-    def report(row: Row) -> None:
-        print(table.line(row, yardstick), flush=True)
+    def report(result: Row | Refusal) -> None:
+        if isinstance(result, Row):
+            print(table.line(result, yardstick), flush=True)
+        else:
+            print(f"| {result.model} | {result.scheme} | none: {result.reason} |", flush=True)
 
-    return rows + compare_schemes(
-        model, schemes, work, report, budget=budget, threads=args.threads
-    )
+    return [
+        *rows,
+        *compare_schemes(model, schemes, work, report, budget=budget, threads=args.threads),
+    ]

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from groot_int8_ros.errors import QuantizationError
 from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle
 from groot_int8_ros.policy.engines import Engine, load_engine
 from groot_int8_ros.policy.policy import Policy
@@ -101,6 +102,21 @@ class Model:
         )
 
 
+@dataclass(frozen=True)
+class Refusal:
+    """A scheme that made no graph of a model, as `auto` does where nothing holds its budget.
+
+    Attributes:
+        model: Name of the model.
+        scheme: Name of the scheme.
+        reason: What it said.
+    """
+
+    model: str
+    scheme: str
+    reason: str
+
+
 def prepare_model(
     name: str,
     bundle: Bundle,
@@ -121,31 +137,37 @@ def compare_schemes(
     model: Model,
     schemes: Sequence[str],
     folder: Path,
-    report: Callable[[Row], None],
+    report: Callable[[Row | Refusal], None],
     *,
     budget: float,
     threads: int | None,
-) -> list[Row]:
+) -> list[Row | Refusal]:
     """Quantise a model with each scheme and judge the actions.
 
     Args:
         model: The model.
         schemes: Keys of `SCHEMES`.
         folder: For the quantised graphs; one scheme's at a time.
-        report: Called with each row when it is there.
+        report: Called with each result when it is there.
         budget: Relative L2 of the actions that `auto` may cost.
         threads: CPU threads of ONNX Runtime inside an operator.
 
     Returns:
-        One row a scheme.
+        One result a scheme.
     """
     calibrated = Calibrated(model.bundle, model.calibration, budget, model.seed)
-    rows = []
+    results: list[Row | Refusal] = []
     for name in schemes:
         target = folder / name
         target.mkdir(parents=True)
         start = time.perf_counter()
-        graphs = SCHEMES[name](calibrated, target)
+        try:
+            graphs = SCHEMES[name](calibrated, target)
+        except QuantizationError as error:
+            results.append(Refusal(model.name, name, str(error)))
+            report(results[-1])
+            shutil.rmtree(target)
+            continue
         seconds = time.perf_counter() - start
         policy = _policy(model.bundle, graphs, threads)
         found = answer(policy, model.evaluation.observations, model.seed)
@@ -164,7 +186,7 @@ def compare_schemes(
             }
             int8 += [layer for layer in source.layers if layer.name in found_int8]
         everything = [layer for graph in calibrated.graphs.values() for layer in graph.layers]
-        rows.append(
+        results.append(
             Row(
                 model=model.name,
                 scheme=name,
@@ -177,9 +199,9 @@ def compare_schemes(
                 seconds=seconds,
             )
         )
-        report(rows[-1])
+        report(results[-1])
         shutil.rmtree(target)
-    return rows
+    return results
 
 
 def float_row(model: Model, name: str, found: Sequence[Float32Array]) -> Row:

@@ -12,7 +12,7 @@ from pathlib import Path
 import matplotlib as mpl
 
 from groot_int8_ros.policy.files import atomic_file
-from offline_tools.compare_quantization.comparison import BFLOAT16, Row
+from offline_tools.compare_quantization.comparison import BFLOAT16, Refusal, Row
 
 mpl.use("Agg")
 
@@ -52,7 +52,7 @@ def line(row: Row, yardstick: float | None) -> str:
     return _line([*cells, _worst_layer(row)])
 
 
-def verdicts(rows: Sequence[Row]) -> list[str]:
+def verdicts(rows: Sequence[Row], refusals: Sequence[Refusal] = ()) -> list[str]:
     """Say which schemes stay at or below bfloat16 on every model, and where the others fail."""
     models = list(dict.fromkeys(row.model for row in rows))
     yardsticks = {row.model: row.errors.relative_l2 for row in rows if row.scheme == BFLOAT16}
@@ -65,9 +65,11 @@ def verdicts(rows: Sequence[Row]) -> list[str]:
             for row in rows
             if row.scheme == scheme and row.errors.relative_l2 > yardsticks[row.model]
         }
-        if over:
-            listed = ", ".join(f"{model} {times:.1f} x" for model, times in over.items())
-            lines.append(f"{scheme}: above bfloat16 on {listed}")
+        none = [refusal.model for refusal in refusals if refusal.scheme == scheme]
+        if over or none:
+            listed = [f"{model} {times:.1f} x" for model, times in over.items()]
+            listed += [f"{model} (no graph)" for model in none]
+            lines.append(f"{scheme}: above bfloat16 on {', '.join(listed)}")
         else:
             lines.append(f"{scheme}: at or below bfloat16 on every model")
     return lines

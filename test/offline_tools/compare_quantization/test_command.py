@@ -11,7 +11,12 @@ import pytest
 pytest.importorskip("torch", reason="variants and bfloat16 need torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
+from groot_int8_ros.errors import QuantizationError
 from offline_tools.cli import EXIT_USER_ERROR, main
+from offline_tools.compare_quantization.comparison import Refusal, Row
+from offline_tools.compare_quantization.schemes import SCHEMES
+from offline_tools.compare_quantization.table import verdicts
+from offline_tools.evaluate.action_metrics import ActionErrors
 
 
 def _compare(output: Path, *options: object) -> int:
@@ -124,3 +129,40 @@ def test_an_earlier_report_is_not_overwritten(
     assert _compare(tmp_path, "--bundle", tiny_bundle) == EXIT_USER_ERROR
     assert "name a new folder" in capsys.readouterr().err
     assert (tmp_path / "comparison.json").read_text() == "mine"
+
+
+def test_a_scheme_without_a_graph_on_one_model_is_not_said_to_hold_on_all() -> None:
+    def row(model: str, scheme: str, relative_l2: float) -> Row:
+        errors = ActionErrors(1, 1.0, relative_l2, relative_l2, {})
+        layers = 0 if scheme == "bf16" else 3
+        return Row(model, scheme, layers, layers, 1.0, errors, {}, 0.0)
+
+    rows = [row("plain", "bf16", 0.01), row("live", "bf16", 0.01), row("plain", "auto", 0.005)]
+    refusals = [Refusal("live", "auto", "nothing holds the budget")]
+    assert verdicts(rows, refusals) == ["auto: above bfloat16 on live (no graph)"]
+
+
+def test_a_scheme_that_refuses_a_model_does_not_end_the_comparison(
+    minimal_checkpoint: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def refuse(*_: object) -> dict[str, Path]:
+        raise QuantizationError("nothing holds the budget")
+
+    monkeypatch.setitem(SCHEMES, "auto", refuse)
+    code = _compare(
+        tmp_path / "report",
+        *("--checkpoint", minimal_checkpoint, "--dataset", tiny_dataset, "--variants", "plain"),
+        *("--schemes", "auto", "static-max"),
+        *("--calibration-samples", 2, "--evaluation-samples", 1, "--denoising-steps", 1),
+    )
+    assert code == 0
+    assert "| plain | auto | none: nothing holds the budget |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report/comparison.json").read_text())
+    assert report["refusals"] == [
+        {"model": "plain", "scheme": "auto", "reason": "nothing holds the budget"}
+    ]
+    assert "static-max" in _rows(tmp_path / "report")
