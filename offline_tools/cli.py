@@ -72,6 +72,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.compare_quantization.command",
         "measure quantisation schemes against each other, on models with and without outliers",
     ),
+    "open-loop": (
+        "offline_tools.evaluate.open_loop_command",
+        "evaluate recorded trajectories: predicted against recorded, float against INT8",
+    ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",
         "turn a LeRobot v2.1 episode into a rosbag2",

@@ -150,13 +150,12 @@ def reseal() -> Callable[[Path], None]:
 
 
 @pytest.fixture(scope="session")
-def minimal_checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As the tiny checkpoint, with as few layers as there are kinds of them: quick to trace."""
+def write_minimal_checkpoint() -> Callable[[Path, Path], None]:
+    """Writes (folder, dataset) a tiny checkpoint with as few layers as there are kinds of them."""
     _require_torch()
     from offline_tools.dataset.lerobot import LeRobotDataset
     from offline_tools.demo import random_checkpoint
 
-    folder = tmp_path_factory.mktemp("minimal") / "checkpoint"
     tiny = random_checkpoint.SIZES["tiny"]
     minimal = replace(
         tiny,
@@ -165,11 +164,28 @@ def minimal_checkpoint(tiny_dataset: Path, tmp_path_factory: pytest.TempPathFact
         # Cross-attention to text, self-attention, cross-attention to images.
         dit=replace(tiny.dit, layers=3),
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(random_checkpoint.SIZES, "minimal", minimal)
-        random_checkpoint.write_random_checkpoint(
-            folder, LeRobotDataset.open(tiny_dataset), size="minimal", absolute_keys=("gripper",)
-        )
+
+    def write(folder: Path, dataset: Path) -> None:
+        opened = LeRobotDataset.open(dataset)
+        grippers = tuple(key for key in opened.action_keys if key == "gripper")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(random_checkpoint.SIZES, "minimal", minimal)
+            random_checkpoint.write_random_checkpoint(
+                folder, opened, size="minimal", absolute_keys=grippers
+            )
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def minimal_checkpoint(
+    write_minimal_checkpoint: Callable[[Path, Path], None],
+    tiny_dataset: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """As the tiny checkpoint, with as few layers as there are kinds of them: quick to trace."""
+    folder = tmp_path_factory.mktemp("minimal") / "checkpoint"
+    write_minimal_checkpoint(folder, tiny_dataset)
     return folder
 
 

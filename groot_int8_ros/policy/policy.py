@@ -9,13 +9,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from groot_int8_ros.errors import ObservationError
+from groot_int8_ros.errors import ConfigurationError, ObservationError
 from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, Manifest, open_bundle
 from groot_int8_ros.policy.engines import Engine, Tensors, load_engine
 from groot_int8_ros.policy.postprocess import decode_actions
@@ -85,6 +86,7 @@ class Policy:
         engine: str = "onnxruntime",
         threads: int | None = None,
         verify_hashes: bool = True,
+        denoising_steps: int | None = None,
     ) -> Policy:
         """Verify a bundle and load it.
 
@@ -93,13 +95,23 @@ class Policy:
             engine: Which engine runs the graphs; see `engines.ENGINE_KINDS`.
             threads: CPU threads inside an operator; the engine's choice if None.
             verify_hashes: See `open_bundle`.
+            denoising_steps: Euler steps, at least 1; those of the bundle if None.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another schema.
             ProcessorError: Its processor files are wrong.
             EngineError: A graph does not load.
+            ConfigurationError: `denoising_steps` is below 1.
         """
         opened = open_bundle(bundle, verify_hashes=verify_hashes)
+        if denoising_steps is not None:
+            if denoising_steps < 1:
+                raise ConfigurationError(
+                    f"denoising_steps is {denoising_steps}: the flow needs at least one step"
+                )
+            opened = replace(
+                opened, manifest=replace(opened.manifest, denoising_steps=denoising_steps)
+            )
         engines: dict[str, Engine] = {}
         try:
             for name in GRAPH_FILES:

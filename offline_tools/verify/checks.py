@@ -53,11 +53,7 @@ def verify_bundle(
     """
     config, _ = load_model_config(checkpoint, eagle_config)
     reader = CheckpointReader(checkpoint)
-    if checkpoint_hash(checkpoint, reader) != bundle.manifest.checkpoint_sha256:
-        raise CheckpointError(
-            f"{bundle.folder} was exported from another checkpoint than {checkpoint}: name "
-            "that one, or export again"
-        )
+    refuse_other_checkpoint(bundle, checkpoint, reader)
     policy = Policy.load(bundle.folder, verify_hashes=False)
     inputs = [policy.preprocess(observation) for observation in observations]
     noise = [draw_noise(0, index, policy.noise_shape) for index in range(len(inputs))]
@@ -84,6 +80,15 @@ def verify_bundle(
         for head, action_pred in zip(heads, ended, strict=True)
     ]
     return _fold(found)
+
+
+def refuse_other_checkpoint(bundle: Bundle, checkpoint: Path, reader: CheckpointReader) -> None:
+    """Raise `CheckpointError` if a bundle was made from another checkpoint than this one."""
+    if checkpoint_hash(checkpoint, reader) != bundle.manifest.checkpoint_sha256:
+        raise CheckpointError(
+            f"{bundle.folder} was exported from another checkpoint than {checkpoint}: name "
+            "that one, or export again"
+        )
 
 
 def _backbone(

@@ -208,7 +208,16 @@ def test_importing_the_whole_robot_side_loads_no_torch(repository_root: Path) ->
 
 @pytest.mark.parametrize(
     "subcommand",
-    ["build-check", "build", "audit", "gpu-proof", "calibrate", "calibration-data", "play-bag"],
+    [
+        "build-check",
+        "build",
+        "audit",
+        "gpu-proof",
+        "calibrate",
+        "calibration-data",
+        "open-loop",
+        "play-bag",
+    ],
 )
 def test_steps_that_a_robot_needs_run_where_torch_is_missing(
     repository_root: Path, subcommand: str
