@@ -1,14 +1,17 @@
 """Records calibration samples on the robot, beside the policy node or without one.
 
 Owns: topics, services, transitions and which observations are offered. No arithmetic: messages are
-converted in `ros`, chosen and stored in `capture`. Must not import torch or an engine: a second
-model does not fit into the robot's memory, so what happens inside the policy is computed offline
-from what is recorded here (`groot-int8 calibrate --complete`).
+converted in `ros`, chosen and stored in `capture`. Must not import torch. A second model does not
+fit into the robot's memory, so what happens inside a policy node is computed offline from what is
+recorded here (`groot-int8 calibrate --complete`).
 
 With `with_chunks`, the node listens to a policy node's chunks and to `~/chunk_info` beside them,
 finds the very messages that each chunk was made from, and stores observation, noise (drawn again
 from seed and stamp) and chunk. Without, it assembles observations as the policy node does, at
-`inference_rate_hz`, and draws the noise from its own `seed`; there is no chunk then.
+`inference_rate_hz`, and draws the noise from its own `seed`; there is no chunk then, unless
+`run_policy` makes the recorder run the bundle's policy itself (where no policy node does, as in
+teleoperation): its samples hold the chunk and all inputs of the large graphs, and nothing has to
+be completed.
 
 Configure reads the bundle's manifest and makes the store; activate records; deactivate writes
 what is held and stops; cleanup, shutdown, SIGINT and SIGTERM finish the store. Services
@@ -22,6 +25,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
@@ -29,10 +33,14 @@ from std_msgs.msg import String
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from groot_int8_ros.capture.inference import run_on
+from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
 from groot_int8_ros.errors import GrootError
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
+from groot_int8_ros.policy.types import Observation
 from groot_int8_ros.ros.chunk_pairing import ChunkPairing, Paired
 from groot_int8_ros.ros.diagnostics import (
     ERROR,
@@ -72,6 +80,7 @@ class CalibrationRecorderNode(ManagedNode):
         self._streams: ObservationStreams | None = None
         self._pairing: ChunkPairing | None = None
         self._recording: Recording | None = None
+        self._policy: Policy | None = None
         self._worker: RecordingWorker | None = None
         self._release_topics = contextlib.ExitStack()
         self._configured = False
@@ -99,6 +108,7 @@ class CalibrationRecorderNode(ManagedNode):
         for name in self._node_parameters.strangers():
             self.get_logger().warning(f"parameter '{name}' is not one of this node's; ignored")
         parameters = self._node_parameters.current
+        parameters.check()
         output = parameters.output_path
         # The graphs are not run, so their hashes do not matter here.
         bundle = open_bundle(parameters.bundle_path, verify_hashes=False)
@@ -131,9 +141,16 @@ class CalibrationRecorderNode(ManagedNode):
                 self, parameters.instruction_topic, self._on_instruction
             )
             self._release_topics.callback(instructions.close)
+        run, engine = None, ""
+        if parameters.run_policy:
+            engine = parameters.engine
+            self._policy = Policy.load(
+                parameters.bundle_path, engine=engine, threads=parameters.threads or None
+            )
+            run = partial(_run_on, self._policy)
         writer = CaptureWriter(
             output,
-            CaptureMeta.of_bundle(manifest, "live", seed=seed),
+            CaptureMeta.of_bundle(manifest, "live", seed=seed, engine=engine),
             samples_per_shard=parameters.samples_per_shard,
         )
         self._recording = Recording(
@@ -146,6 +163,7 @@ class CalibrationRecorderNode(ManagedNode):
                 check_instruction=preprocess.check_instruction,
                 processor=bundle.processor,
                 noise_shape=(manifest.action_horizon, bundle.processor.max_action_dim),
+                run=run,
             ),
         )
         self._configured = True
@@ -186,6 +204,9 @@ class CalibrationRecorderNode(ManagedNode):
             except GrootError as error:
                 self.get_logger().error(f"{error} ({counts})")
         self._streams = self._pairing = self._recording = None
+        if self._policy is not None:
+            self._policy.close()
+            self._policy = None
         self._hold = None
 
     def _subscribe(self, kind: type[Any], topic: str, callback: Callable[[Any], None]) -> None:
@@ -319,6 +340,10 @@ class CalibrationRecorderNode(ManagedNode):
         if self._pairing is not None:
             values["chunks without their frames"] = self._pairing.lost
         return status_message("recorder", level, message, values)
+
+
+def _run_on(policy: Policy, observation: Observation, source: str, seed: int) -> CaptureSample:
+    return run_on(policy, observation, source, seed=seed, keep_images=True)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -33,13 +33,14 @@ from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
+from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import CaptureError
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Observation
 from groot_int8_ros.ros.joints import time_message
-from offline_tools.calibration.run import complete, run_on
+from offline_tools.calibration.run import complete
 
 DEADLINE_S = 120.0
 PERIOD_S = 0.1
@@ -324,6 +325,35 @@ def test_without_a_policy_node_it_records_pauses_and_goes_on(
     stamps = sorted(robot.published)
     assert max(sample.stamp_ns for sample in store.samples()) > stamps[6]
     assert complete(policy, store, tmp_path / "full", report=lambda _: None).completed == 4
+
+
+def test_recorder_that_runs_the_policy_stores_what_its_graphs_were_given(
+    start: Start, robot: Robot, policy: Policy, tmp_path: Path
+) -> None:
+    recorder = start(with_chunks=False, run_policy=True, threads=1, samples=3)
+    robot.until(lambda: robot.value("offered") >= 5, "five observations", robot.observe)
+    assert recorder.end(signal.SIGTERM) == 0, recorder.text()
+    store = CaptureStore.open(tmp_path / "store")
+    assert len(store) == 3
+    assert store.meta.engine == "onnxruntime"
+    for sample in store.samples():
+        observation = assert_as_published(sample, robot)
+        wanted = run_on(policy, observation, sample.source, seed=SEED, keep_images=True).arrays()
+        found = sample.arrays()
+        assert found.keys() == wanted.keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, wanted[name], err_msg=name)
+    # Nothing is missing: the store calibrates as it is.
+    assert len(store.feeds("dit")) == 3 * policy.manifest.denoising_steps
+    assert complete(policy, store, tmp_path / "full", report=lambda _: None).completed == 0
+
+
+def test_policy_node_and_a_policy_of_its_own_exclude_each_other(
+    start: Start, robot: Robot
+) -> None:
+    recorder = start(with_chunks=True, run_policy=True)
+    robot.until(lambda: "both true" in robot.said, "the contradiction")
+    assert recorder.end(signal.SIGTERM) == 0
 
 
 def test_looped_bag_in_simulation_time_gives_each_moment_once(

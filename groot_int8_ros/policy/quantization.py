@@ -14,7 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 ACTIVATIONS = ("static", "row")
-RANGE_METHODS = ("max", "entropy", "percentile")
+# Of `static`: from captured samples, or from a calibration cache that TensorRT wrote.
+SAMPLED_RANGE_METHODS = ("max", "entropy", "percentile")
+CACHE = "cache"
+RANGE_METHODS = (*SAMPLED_RANGE_METHODS, CACHE)
 
 _SHA256_DIGITS = 64
 
@@ -84,7 +87,8 @@ class QuantizationRecord:
         layers: INT8 layer to its scheme; every other layer is float.
         scheme: What the user asked for, such as `auto` or `row`.
         source_sha256: SHA-256 of the float graph's manifest entry: its files' hashes.
-        calibration_sha256: Content hash of the calibration set, or None where no scale needs one.
+        calibration_sha256: Content hash of the calibration set, or of TensorRT's calibration cache
+            where the scales are its; None where no scale needs one.
         calibration_samples: Feeds that the statistics come from.
         seed: Seed of what was drawn at random.
         options: Further options by name, as the user gave them.

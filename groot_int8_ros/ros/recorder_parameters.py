@@ -37,6 +37,11 @@ RECORDER_PARAMETERS: Mapping[str, Declaration] = {
         True,
         "Record what a running policy node answered. False records observations without one.",
     ),
+    "run_policy": Declaration(
+        False,
+        "Run the bundle's policy in this node, and record its answers and what its graphs were "
+        "given. Takes the policy's memory; not beside with_chunks.",
+    ),
     "policy_node": Declaration(
         "policy_node", "Name of the policy node; `~` in chunk_topic stands for it.", is_topic=True
     ),
@@ -58,7 +63,8 @@ class RecorderParameters(NodeParameters):
         samples: Samples to keep at most.
         samples_per_shard: See `CaptureWriter`.
         with_chunks: Whether a policy node's chunks are recorded.
-        policy_node: Its name.
+        run_policy: Whether the recorder runs the policy itself.
+        policy_node: Name of the policy node.
         history_mib: Memory for frames that wait for their chunk, MiB.
     """
 
@@ -66,6 +72,7 @@ class RecorderParameters(NodeParameters):
     samples: int
     samples_per_shard: int
     with_chunks: bool
+    run_policy: bool
     policy_node: str
     history_mib: int
 
@@ -81,6 +88,19 @@ class RecorderParameters(NodeParameters):
                 "parameter 'output' is empty; set it to a new folder for the samples"
             )
         return Path(self.output).expanduser()
+
+    def check(self) -> None:
+        """Refuse values that contradict each other.
+
+        Raises:
+            ConfigurationError: Chunks of a policy node are wanted, and a policy here.
+        """
+        if self.with_chunks and self.run_policy:
+            raise ConfigurationError(
+                "parameters 'with_chunks' and 'run_policy' are both true, and a sample has one "
+                "answer: set 'with_chunks' to false to run the policy in the recorder, or "
+                "'run_policy' to false to record the policy node's answers"
+            )
 
     def policy_topic(self, topic: str) -> str:
         """Return a topic of the policy node, whose private names begin with `~`."""

@@ -43,6 +43,8 @@ class Conversions:
         check_instruction: Raises `ObservationError` if it cannot be used.
         processor: Conventions of the state.
         noise_shape: (action horizon, max_action_dim).
+        run: Runs a policy on an observation with a seed and returns the whole sample; None where
+            the recorder runs none.
     """
 
     read_state: Callable[[Snapshot], Mapping[str, Float32Array]]
@@ -51,6 +53,7 @@ class Conversions:
     check_instruction: Callable[[str], None]
     processor: Processor
     noise_shape: tuple[int, int]
+    run: Callable[[Observation, str, int], CaptureSample] | None = None
 
 
 @dataclass(frozen=True)
@@ -208,10 +211,13 @@ class Recording:
     def _sample(self, one: Paired) -> CaptureSample:
         convert = self._conversions
         observation = convert.read(one.snapshot, one.instruction)
+        source = f"live {observation.stamp_ns}"
+        if convert.run is not None:
+            return convert.run(observation, source, one.seed)
         return CaptureSample(
             instruction=one.instruction,
             stamp_ns=observation.stamp_ns,
-            source=f"live {observation.stamp_ns}",
+            source=source,
             state=observation.state,
             noise=draw_noise(one.seed, observation.stamp_ns, convert.noise_shape),
             seed=one.seed,

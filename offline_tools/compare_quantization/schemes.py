@@ -14,7 +14,7 @@ from pathlib import Path
 
 from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
 from groot_int8_ros.policy.bundle import Bundle
-from groot_int8_ros.policy.quantization import LayerScheme
+from groot_int8_ros.policy.quantization import CACHE, LayerScheme
 from offline_tools.compare_quantization import baselines
 from offline_tools.compare_quantization.samples import (
     QUANTIZED_GRAPHS,
@@ -174,8 +174,13 @@ def _auto(calibrated: Calibrated, folder: Path) -> dict[str, Path]:
 
 
 # Under the names that `groot-int8 quantize --scheme` knows, and two that it tries in `auto` only.
+# Scales from TensorRT's own calibration need a GPU.
 OWN_SCHEMES: dict[str, Scheme] = {
-    **{name: partial(_own, scheme) for name, scheme in FIXED_SCHEMES.items()},
+    **{
+        name: partial(_own, scheme)
+        for name, scheme in FIXED_SCHEMES.items()
+        if scheme.range_method != CACHE
+    },
     "row-rotated": partial(_own, LayerScheme("row"), rotated=True),
     "row-smooth-rotated": partial(_own, LayerScheme("row", None, DEFAULT_ALPHA), rotated=True),
     AUTO: _auto,

@@ -8,6 +8,7 @@ of a big-endian float32>`; the scale is the largest kept magnitude over 127.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import struct
@@ -50,6 +51,16 @@ class CacheRecord:
     graph_sha256: str
     samples_sha256: str
     batches: int
+
+
+def hash_of_graph(files: Mapping[str, str]) -> str:
+    """Return the hash over a graph and its weights.
+
+    Args:
+        files: Path inside the bundle to SHA-256, of the graph's file and of its external data.
+    """
+    lines = (f"{sha256}  {name}" for name, sha256 in sorted(files.items()))
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def read_cache(path: Path) -> CalibrationCache:
@@ -119,6 +130,28 @@ def scales_of_tensors(
             "captured samples."
         )
     return {name: cache.scales[name] for name in wanted}
+
+
+def scales_for_graph(
+    path: Path, graph_sha256: str, tensors: Iterable[str]
+) -> tuple[dict[str, float], bool]:
+    """Return the scales that a cache has for tensors of a graph.
+
+    Args:
+        path: The cache. Beside one that `groot-int8 build` wrote stands what it was made from.
+        graph_sha256: Hash of the graph that is to be quantised.
+        tensors: Names in that graph.
+
+    Returns:
+        Scale by tensor, and whether the cache is known to be of that very graph.
+
+    Raises:
+        CalibrationError: The cache is damaged, stale, or lacks a tensor.
+    """
+    known = path.with_name(path.name + _RECORD_SUFFIX).exists()
+    if known:
+        check_cache(path, graph_sha256, None)
+    return scales_of_tensors(read_cache(path), tensors, str(path)), known
 
 
 def check_cache(path: Path, graph_sha256: str, samples_sha256: str | None) -> CacheRecord:

@@ -8,7 +8,6 @@ that were there, and an engine without its own manifest is refused when it is lo
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,12 @@ from offline_tools.engine.builder import (
     GraphBuild,
     build_plan,
 )
-from offline_tools.engine.calibration_cache import CacheRecord, check_cache, write_cache
+from offline_tools.engine.calibration_cache import (
+    CacheRecord,
+    check_cache,
+    hash_of_graph,
+    write_cache,
+)
 from offline_tools.engine.calibrator import describe_batches
 from offline_tools.engine.child import run_in_child
 from offline_tools.engine.inspector import judge, parse_inspection
@@ -143,8 +147,7 @@ class EngineJob:
     @property
     def graph_sha256(self) -> str:
         """Hash over the graph and its weights."""
-        lines = (f"{sha256}  {name}" for name, sha256 in sorted(self.files.items()))
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+        return hash_of_graph(self.files)
 
 
 def build_engines(

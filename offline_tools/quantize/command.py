@@ -77,6 +77,15 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=DEFAULT_PERCENTILE,
         help="of static-percentile (default: %(default)s)",
     )
+    parser.add_argument(
+        "--calibration-cache",
+        nargs="+",
+        default=[],
+        metavar="GRAPH=FILE",
+        help="of static-cache: the scales that TensorRT's calibrator found, as `groot-int8 build "
+        "--quantization calibrator` leaves them in BUNDLE/calibration; a graph without one stays "
+        "float",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument(
         "--search-samples",
@@ -117,6 +126,7 @@ def run(args: argparse.Namespace) -> int:
             accept=args.accept,
             migration_alpha=args.migration_alpha,
             percentile=args.percentile,
+            calibration_caches=_caches(args.calibration_cache),
             seed=args.seed,
             search_samples=args.search_samples,
             judge_samples=args.judge_samples,
@@ -141,6 +151,16 @@ def _joint_limits(texts: list[str]) -> dict[str, float]:
                 f"--max-joint-error takes a number or KEY=NUMBER, not {text!r}"
             ) from error
     return limits
+
+
+def _caches(texts: list[str]) -> dict[str, Path]:
+    caches = {}
+    for text in texts:
+        graph, separator, file = text.partition("=")
+        if not separator or not file:
+            raise ConfigurationError(f"--calibration-cache takes GRAPH=FILE, not {text!r}")
+        caches[graph] = Path(file)
+    return caches
 
 
 def _print(result: QuantizeResult) -> None:

@@ -28,7 +28,8 @@ from groot_int8_ros.policy.bundle import (
     open_bundle,
 )
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
-from groot_int8_ros.policy.quantization import LayerScheme, QuantizationRecord
+from groot_int8_ros.policy.quantization import CACHE, LayerScheme, QuantizationRecord
+from offline_tools.engine.calibration_cache import hash_of_graph, scales_for_graph
 from offline_tools.engine.verdicts import LayerVerdict
 from offline_tools.quantize.calibration_set import CalibrationSet
 from offline_tools.quantize.evaluation import ActionErrors, ActionRunner, Features
@@ -51,9 +52,12 @@ FIXED_SCHEMES: Mapping[str, LayerScheme] = {
     "static-entropy": LayerScheme("static", "entropy"),
     "static-percentile": LayerScheme("static", "percentile"),
     "smooth": LayerScheme("static", "max", DEFAULT_ALPHA),
+    "static-cache": LayerScheme("static", CACHE),
     "row": LayerScheme("row"),
     "row-smooth": LayerScheme("row", None, DEFAULT_ALPHA),
 }
+
+_STATIC_CACHE = "static-cache"
 
 # What bfloat16 alone costs the public reference: relative L2 of its actions against float32, on
 # its recorded test vectors.
@@ -84,6 +88,8 @@ class QuantizeOptions:
         accept: Write a bundle of a fixed scheme that misses the limits too.
         migration_alpha: Of the schemes `smooth` and `row-smooth`.
         percentile: Of the range method of that name.
+        calibration_caches: Graph to the cache that TensorRT's calibrator wrote for it; the scheme
+            `static-cache` takes its scales, and a graph without one stays float.
         seed: Seed of the rows on which layers are compared.
         search_samples: Observations that guide the search.
         judge_samples: Held-out observations that judge the result.
@@ -101,6 +107,7 @@ class QuantizeOptions:
     accept: bool = False
     migration_alpha: float = DEFAULT_ALPHA
     percentile: float = DEFAULT_PERCENTILE
+    calibration_caches: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
     search_samples: int = 4
     judge_samples: int = 16
@@ -180,6 +187,7 @@ class _Job:
         self._folder = folder
         self._report = report
         self._statistics: dict[str, GraphStatistics] = {}
+        self._cache_scales: dict[str, Mapping[str, float]] = {}
 
     def run(self) -> QuantizeResult:
         self._collect()
@@ -212,6 +220,9 @@ class _Job:
     def _collect(self) -> None:
         if self._options.scheme == "row":
             return  # the one scheme that needs to know nothing
+        if self._options.scheme == _STATIC_CACHE:
+            self._read_caches()
+            return
         for graph, layers in self._layers.items():
             self._report(f"{graph}: statistics of {len(layers)} layers' inputs")
             self._statistics[graph] = collect(
@@ -222,6 +233,20 @@ class _Job:
                 seed=self._options.seed,
                 threads=self._options.threads,
             )
+
+    def _read_caches(self) -> None:
+        manifest = self._bundle.manifest
+        for graph, path in self._options.calibration_caches.items():
+            files = {name: manifest.files[name][0] for name in _files_of(manifest, graph)}
+            scales, known = scales_for_graph(
+                path, hash_of_graph(files), {layer.input for layer in self._layers[graph]}
+            )
+            self._cache_scales[graph] = scales
+            if not known:
+                self._report(
+                    f"note: nothing beside {path} says which graph it was made on; it has a scale "
+                    f"for every input of {graph}'s layers and is taken for this one's"
+                )
 
     def _measure_layers(self) -> list[Group]:
         found = []
@@ -243,6 +268,7 @@ class _Job:
         return {
             graph: {layer.name: scheme for layer in layers}
             for graph, layers in self._layers.items()
+            if scheme.range_method != CACHE or graph in self._cache_scales
         }
 
     def _search(self, groups: Sequence[Group], judges: _Candidates) -> GraphPlans:
@@ -295,6 +321,7 @@ class _Job:
             plan,
             self._statistics.get(graph),
             percentile=self._options.percentile,
+            cache_scales=self._cache_scales.get(graph),
         )
 
     def _write(
@@ -353,12 +380,14 @@ class _Job:
             "percentile": self._options.percentile,
         }
         statistics = self._statistics.get(graph)
-        store = self._calibration.store
+        calibration_sha256 = None if statistics is None else self._calibration.store.content_sha256
+        if graph in self._cache_scales:
+            calibration_sha256 = sha256_of_file(self._options.calibration_caches[graph])
         return QuantizationRecord(
             layers=plan,
             scheme=self._options.scheme,
             source_sha256=_source_hash(self._bundle.manifest, graph),
-            calibration_sha256=None if statistics is None else store.content_sha256,
+            calibration_sha256=calibration_sha256,
             calibration_samples=0 if statistics is None else statistics.samples,
             seed=self._options.seed,
             options=options,
@@ -439,6 +468,17 @@ def _check_options(options: QuantizeOptions) -> None:
     if options.scheme != AUTO and options.scheme not in FIXED_SCHEMES:
         raise QuantizationError(
             f"unknown scheme {options.scheme!r}; choose one of {', '.join((AUTO, *FIXED_SCHEMES))}"
+        )
+    if (options.scheme == _STATIC_CACHE) != bool(options.calibration_caches):
+        raise QuantizationError(
+            f"the scheme {_STATIC_CACHE} and --calibration-cache go together: one says to take "
+            "scales from a cache of TensorRT's calibrator, the other names it"
+        )
+    unknown = sorted(set(options.calibration_caches) - set(QUANTIZED_GRAPHS))
+    if unknown:
+        raise QuantizationError(
+            f"--calibration-cache for the graph {unknown[0]!r}: the graphs that can be INT8 are "
+            f"{', '.join(QUANTIZED_GRAPHS)}"
         )
     limits = [*options.max_joint_error.values()]
     if options.budget is not None:

@@ -39,7 +39,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import QuantizationError
-from groot_int8_ros.policy.quantization import LayerScheme
+from groot_int8_ros.policy.quantization import CACHE, LayerScheme
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.quantize.arithmetic import (
     SMALLEST_ROW_MAX,
@@ -81,6 +81,7 @@ def quantize_graph(
     statistics: GraphStatistics | None,
     *,
     percentile: float = DEFAULT_PERCENTILE,
+    cache_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Write the INT8 form of a float graph.
 
@@ -91,12 +92,13 @@ def quantize_graph(
         plan: INT8 layer to its scheme; layers that it does not name stay float.
         statistics: Of the float graph; needed by `static` and by migration.
         percentile: Of the range method of that name.
+        cache_scales: Activation to scale, for the range method `cache`.
 
     Raises:
         QuantizationError: The plan does not fit the graph or the statistics.
     """
     model = load_graph(source)
-    quantize_model(model, plan, statistics, percentile=percentile)
+    quantize_model(model, plan, statistics, percentile=percentile, cache_scales=cache_scales or {})
     target.parent.mkdir(parents=True, exist_ok=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -118,6 +120,7 @@ def quantize_model(
     statistics: GraphStatistics | None,
     *,
     percentile: float = DEFAULT_PERCENTILE,
+    cache_scales: Mapping[str, float] | None = None,
 ) -> None:
     """Rewrite a float graph in place; see `quantize_graph`."""
     layers = {layer.name: layer for layer in find_layers(model)}
@@ -134,7 +137,16 @@ def quantize_model(
     rewriter = _Rewriter(model)
     for (activation, scheme), members in shared.items():
         seen = statistics.inputs.get(activation) if statistics is not None else None
-        quantiser = _prepare(rewriter, scheme, members, seen, percentile)
+        if scheme.range_method == CACHE:
+            scale = (cache_scales or {}).get(activation)
+            if scale is None:
+                raise QuantizationError(
+                    f"the scheme {scheme.name} of {members[0].name} needs the scale of its input "
+                    f"{activation} from a calibration cache, and none was given"
+                )
+            quantiser = _Quantiser(scheme, tuple(members), None, scale)
+        else:
+            quantiser = _prepare(rewriter, scheme, members, seen, percentile)
         rewriter.apply(activation, quantiser)
     rewriter.finish()
 

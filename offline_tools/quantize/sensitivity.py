@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from groot_int8_ros.policy.quantization import RANGE_METHODS, LayerScheme
+from groot_int8_ros.policy.quantization import SAMPLED_RANGE_METHODS, LayerScheme
 from groot_int8_ros.policy.types import Float32Array, Float64Array
 from offline_tools.quantize import arithmetic
 from offline_tools.quantize.layers import Layer, groups, load_graph, read_weight
@@ -42,7 +42,7 @@ def candidate_schemes(
     alphas = tuple(alphas)
     rotations = {None, arithmetic.rotation_block(channels)}
     return (
-        *(LayerScheme("static", method) for method in RANGE_METHODS),
+        *(LayerScheme("static", method) for method in SAMPLED_RANGE_METHODS),
         *(LayerScheme("static", "max", alpha) for alpha in alphas),
         *(
             LayerScheme("row", None, alpha, rotation)

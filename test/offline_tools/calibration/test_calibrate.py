@@ -18,6 +18,7 @@ pytest.importorskip("builtin_interfaces", reason="reading joint states needs the
 from rosbags.interfaces import Connection
 from rosbags.rosbag2 import StoragePlugin, Writer
 
+from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import BagError, CaptureError, ConfigurationError, DatasetError
@@ -29,7 +30,7 @@ from offline_tools.bags import messages
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.dataset_source import EPISODE_SPACING_NS, DatasetSource
-from offline_tools.calibration.run import Recorded, Skipped, capture, complete, run_on
+from offline_tools.calibration.run import Recorded, Skipped, capture, complete
 
 SEED = 5
 SECOND = 1_000_000_000

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,21 @@ from typing import Any
 import numpy as np
 import pytest
 
-from groot_int8_ros.errors import BundleError, CaptureError, OutputError, QuantizationError
+from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.errors import (
+    BundleError,
+    CaptureError,
+    GrootError,
+    OutputError,
+    QuantizationError,
+)
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.files import sha256_of_file
 from groot_int8_ros.policy.policy import Policy
 from offline_tools.cli import main
+from offline_tools.engine.calibration_cache import CacheRecord, write_cache
 from offline_tools.quantize import int8_bundle
+from offline_tools.quantize.calibration_set import CalibrationSet
 from offline_tools.quantize.int8_bundle import (
     DEFAULT_BUDGET,
     FIXED_SCHEMES,
@@ -26,6 +37,8 @@ from offline_tools.quantize.int8_bundle import (
     audit_bundle,
     quantize_bundle,
 )
+from offline_tools.quantize.layers import find_layers, load_graph
+from offline_tools.quantize.statistics import collect
 
 
 def _options(bundle: Path, store: Path, output: Path, **changes: Any) -> QuantizeOptions:
@@ -67,9 +80,7 @@ _LARGE = ("backbone_model", "dit_model")
 def test_the_recorded_error_is_what_the_policy_shows(
     auto: Path, fp16_bundle: Path, store: Path
 ) -> None:
-    from groot_int8_ros.capture.store import CaptureStore
     from groot_int8_ros.policy.preprocess import ModelInputs
-    from offline_tools.quantize.calibration_set import CalibrationSet
 
     held_out = CalibrationSet(CaptureStore.open(store)).split.held_out
     samples = [one for i, one in enumerate(CaptureStore.open(store).samples()) if i in held_out]
@@ -121,7 +132,7 @@ def test_nothing_but_the_bundle_is_left_and_the_float_bundle_stays_whole(
     assert all((auto / name).stat().st_nlink == 1 for name in files)
 
 
-@pytest.mark.parametrize("scheme", sorted(FIXED_SCHEMES))
+@pytest.mark.parametrize("scheme", sorted(set(FIXED_SCHEMES) - {"static-cache"}))
 def test_every_fixed_scheme_gives_a_bundle_that_opens(
     fp16_bundle: Path, store: Path, tmp_path: Path, scheme: str
 ) -> None:
@@ -131,6 +142,81 @@ def test_every_fixed_scheme_gives_a_bundle_that_opens(
     assert set(record.layers.values()) == {FIXED_SCHEMES[scheme]}
     assert (record.calibration_sha256 is None) == (scheme == "row")
     assert record.errors["relative_l2"] < 0.1
+
+
+@pytest.fixture(scope="module")
+def dit_cache(fp16_bundle: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A calibration cache in TensorRT's format, with the largest magnitudes as its ranges."""
+    graph = open_bundle(fp16_bundle).graph_path("dit")
+    layers = find_layers(load_graph(graph))
+    feeds = CalibrationSet(CaptureStore.open(store)).fit_feeds("dit")
+    seen = collect(graph, feeds, layers, rows=1, seed=0, threads=1)
+    path = tmp_path_factory.mktemp("cache") / "dit.cache"
+    lines = [
+        f"{name}: {struct.pack('>f', one.channel_max.max() / 127).hex()}"
+        for name, one in seen.inputs.items()
+    ]
+    path.write_text("\n".join(["TRT-101401-EntropyCalibration2", *lines]) + "\n")
+    return path
+
+
+def test_scales_of_a_tensorrt_cache_are_used_as_they_are(
+    fp16_bundle: Path, store: Path, dit_cache: Path, tmp_path: Path
+) -> None:
+    options = _options(
+        fp16_bundle,
+        store,
+        tmp_path / "cache",
+        scheme="static-cache",
+        calibration_caches={"dit": dit_cache},
+    )
+    _quantize(options)
+    _quantize(
+        replace(
+            options,
+            output=tmp_path / "max",
+            scheme="static-max",
+            calibration_caches={},
+            layers=("transformer_blocks.*", "timestep_encoder.*", "proj_out*"),
+        )
+    )
+    found, expected = (open_bundle(tmp_path / name) for name in ("cache", "max"))
+    record = found.manifest.graphs["dit"].quantization
+    assert record is not None
+    assert record.calibration_sha256 == sha256_of_file(dit_cache)
+    # A graph without a cache stays as it was, and the same ranges make the same graph.
+    assert (
+        found.manifest.graphs["backbone"] == open_bundle(fp16_bundle).manifest.graphs["backbone"]
+    )
+    file = found.manifest.graphs["dit"].file
+    for name in (file, f"{file}.data"):
+        assert (found.folder / name).read_bytes() == (expected.folder / name).read_bytes()
+
+
+def test_cache_that_does_not_fit_the_graph_is_refused(
+    fp16_bundle: Path, store: Path, dit_cache: Path, tmp_path: Path
+) -> None:
+    short, stale = tmp_path / "short.cache", tmp_path / "stale.cache"
+    short.write_text("\n".join(dit_cache.read_text().splitlines()[:-1]) + "\n")
+    write_cache(stale, dit_cache.read_bytes(), CacheRecord("0" * 64, "0" * 64, 3))
+    for caches, message in (
+        ({"dit": short}, "has no scale for 1 of"),
+        ({"dit": stale}, "made from another ONNX graph: it is stale"),
+        ({"dit": tmp_path / "nothing"}, "cannot be read as a calibration cache"),
+        ({"head": dit_cache}, "the graphs that can be INT8 are backbone, dit"),
+        ({}, "--calibration-cache go together"),
+    ):
+        with pytest.raises(GrootError, match=message):
+            _quantize(
+                _options(
+                    fp16_bundle,
+                    store,
+                    tmp_path / "int8",
+                    scheme="static-cache",
+                    calibration_caches=caches,
+                )
+            )
+        assert not (tmp_path / "int8").exists()
 
 
 def test_layers_that_the_patterns_leave_out_stay_float(
