@@ -52,6 +52,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.quantize.command",
         "write an INT8 bundle from a float one and captured inputs",
     ),
+    "pipeline": (
+        "offline_tools.pipeline.command",
+        "all steps from a checkpoint to an audited INT8 bundle, skipping what is up to date",
+    ),
     "build-check": (
         "offline_tools.engine.check_command",
         "parse and build a bundle's graphs with TensorRT-RTX, which needs no GPU",

@@ -1,0 +1,175 @@
+"""Hazards of running all steps: work done twice, stale results taken for new, a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch", reason="exporting needs torch")
+pytest.importorskip("transformers", reason="the model needs transformers")
+
+from offline_tools.cli import main
+
+STEPS = ["export", "verify", "calibrate", "quantize", "audit"]
+
+Pipeline = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def arguments(minimal_checkpoint: Path, tiny_dataset: Path) -> list[str]:
+    return [
+        *("--checkpoint", str(minimal_checkpoint), "--dataset", str(tiny_dataset)),
+        *("--samples", "8", "--scheme", "row", "--denoising-steps", "1"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def output(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of one run. Tests that change them bring them back."""
+    folder = tmp_path_factory.mktemp("pipeline") / "out"
+    assert main(["pipeline", *arguments, "--output", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def again(
+    output: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[list[str], str]]:
+    """Runs it again and returns the subcommands that ran, and everything printed."""
+
+    def run(*options: str) -> tuple[list[str], str]:
+        assert main(["pipeline", *arguments, "--output", str(output), *options]) == 0
+        printed = capsys.readouterr().out
+        ran = [line.split()[2] for line in printed.splitlines() if line.startswith("$ groot-int8")]
+        return ran, printed
+
+    return run
+
+
+def test_every_step_leaves_its_result_and_the_report_names_them(output: Path) -> None:
+    report = json.loads((output / "report" / "report.json").read_text())
+    assert report["verified"] is True
+    assert 0 < report["bytes"]["int8"] < report["bytes"]["float"]
+    assert set(report["audit"]) == {"backbone", "dit"}
+    assert all(set(found) == {"INT8"} for found in report["audit"].values())
+    assert 0.0 < report["errors"]["relative_l2"] < 0.1
+    assert report["calibration"]["samples"] == 8
+    assert report["calibration"]["thin"], "eight samples cannot cover everything"
+    page = (output / "report" / "report.md").read_text()
+    for text in (f"{100 * report['errors']['relative_l2']:.3f} %", "THIN: "):
+        assert text in page
+    if "build" in report["left_out"]:
+        assert "groot-int8 build --bundle int8" in report["left_out"]["build"]
+
+
+def test_nothing_runs_again_while_nothing_changes(
+    again: Callable[..., tuple[list[str], str]],
+) -> None:
+    ran, printed = again()
+    assert ran == []
+    assert printed.count("up to date") >= 2 * len(STEPS)
+
+
+def test_the_plan_says_what_would_run_and_runs_nothing(
+    again: Callable[..., tuple[list[str], str]],
+) -> None:
+    ran, printed = again("--plan", "--samples", "9")
+    assert ran == []
+    lines = {line.split()[0]: line for line in printed.splitlines() if line}
+    assert "skip" in lines["export"]
+    assert "what it is made from has changed (as the last time)" in lines["calibrate"]
+    assert "calibrate runs before it" in lines["quantize"]
+
+
+def test_changed_option_runs_its_step_and_those_behind_it(
+    again: Callable[..., tuple[list[str], str]], output: Path
+) -> None:
+    before = (output / "int8" / "manifest.json").read_bytes()
+    ran, _ = again("--layers", "transformer_blocks.*")
+    assert ran == ["quantize", "audit"]
+    assert (output / "int8" / "manifest.json").read_bytes() != before
+    ran, _ = again()
+    assert ran == ["quantize", "audit"]
+    assert (output / "int8" / "manifest.json").read_bytes() == before
+
+
+def test_damaged_result_is_made_again(
+    again: Callable[..., tuple[list[str], str]], output: Path
+) -> None:
+    data = output / "int8" / "onnx" / "dit_model.onnx.data"
+    content = bytearray(data.read_bytes())
+    content[len(content) // 2] ^= 1
+    data.write_bytes(content)
+    ran, printed = again()
+    assert ran == ["quantize"], "the same bundle was made again, so its audit still holds"
+    assert "its output cannot be used" in printed
+
+
+def test_refresh_runs_from_the_step_on(again: Callable[..., tuple[list[str], str]]) -> None:
+    ran, _ = again("--refresh", "quantize")
+    assert ran == ["quantize", "audit"]
+
+
+def test_killed_run_is_gone_on_with_where_it_was(
+    arguments: list[str], output: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "offline_tools.cli", "pipeline", *arguments]
+    command += ["--output", str(tmp_path / "out")]
+    log = tmp_path / "log"
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ}
+        )
+        end = time.monotonic() + 120.0
+        while "== calibrate" not in log.read_text():
+            assert time.monotonic() < end, log.read_text()
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert "== export: up to date" in found.stdout
+    assert "interrupted the last time" in found.stdout
+    # The same inputs and options give the same bundle, whatever happened on the way.
+    for name in ("float", "int8"):
+        manifests = [(folder / name / "manifest.json") for folder in (tmp_path / "out", output)]
+        assert manifests[0].read_bytes() == manifests[1].read_bytes()
+
+
+def test_step_that_fails_ends_the_run_with_its_code_and_keeps_what_is_there(
+    arguments: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (output / "int8" / "manifest.json").read_bytes()
+    code = main(["pipeline", *arguments, "--output", str(output), "--budget", "1e-6"])
+    assert code == 2
+    captured = capsys.readouterr()
+    assert "stopped, since `groot-int8 quantize` failed" in captured.out
+    assert "times the limit" in captured.err
+    assert (output / "int8" / "manifest.json").read_bytes() == before
+
+
+def test_folder_of_something_else_is_left_alone(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("ten years")
+    assert main(["pipeline", *arguments, "--output", str(tmp_path)]) == 2
+    assert "is not a pipeline's results" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_missing_folder_is_named(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = [*arguments, "--checkpoint", str(tmp_path / "none"), "--output", str(tmp_path / "o")]
+    assert main(["pipeline", *options]) == 2
+    assert f"no such folder: {tmp_path / 'none'}" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
