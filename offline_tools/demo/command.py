@@ -8,28 +8,31 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
-import time
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import yaml
 
-from groot_int8_ros.errors import BundleError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from offline_tools import cli
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.bags.episode_to_bag import BagOptions
-from offline_tools.dataset.lerobot import Episode, LeRobotDataset
+from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo.arm_dataset import CAMERAS, FPS, JOINTS, write_arm_dataset
-from offline_tools.demo.picture import draw_chunks, mean_error
+from offline_tools.demo.picture import draw_chunks
 from offline_tools.demo.random_checkpoint import write_random_checkpoint
 from offline_tools.evaluate.live_run import LiveRun, run_live
 from offline_tools.evaluate.recompute import Recomputed, recompute
+from offline_tools.pipeline.step import run_subcommand
 
 # Marks a folder that this command may write into again.
 _MARKER = ".groot-int8-demo"
+# Observations to calibrate on: few, so that the demonstration is short.
+_SAMPLES = 24
 _STAGES = ("read", "preprocess", "backbone", "action_head", "postprocess", "total")
 # A chunk crosses DDS as float64 and is computed from radians that were degrees: float32 rounding.
 _TOLERANCE = 1e-5
@@ -58,9 +61,10 @@ def run(args: argparse.Namespace) -> int:
     refuse_occupied(output, marker=_MARKER, what="an output of `groot-int8 demo`", replace=True)
     output.mkdir(parents=True, exist_ok=True)
     (output / _MARKER).write_text("This folder is rewritten by `groot-int8 demo`.\n")
-    paths = {name: output / name for name in ("dataset", "checkpoint", "bundle", "bag", "run")}
+    paths = {name: output / name for name in ("dataset", "checkpoint", "bundles", "bag", "run")}
+    bundles = {kind: paths["bundles"] / kind for kind in ("float", "int8")}
 
-    _step("1/6 a generated episode and an N1.6-shaped checkpoint with random weights")
+    _step("1/5 a generated episode and an N1.6-shaped checkpoint with random weights")
     write_arm_dataset(paths["dataset"], episodes=1, frames=args.frames, seed=args.seed)
     dataset = LeRobotDataset.open(paths["dataset"])
     write_random_checkpoint(
@@ -69,52 +73,52 @@ def run(args: argparse.Namespace) -> int:
     robot_file = output / "robot.yaml"
     robot_file.write_text(yaml.safe_dump(_robot(), sort_keys=False), encoding="utf-8")
 
-    _step("2/6 export")
-    bundle, checkpoint = str(paths["bundle"]), str(paths["checkpoint"])
-    _must_pass(
-        "export",
-        *("--checkpoint", checkpoint, "--robot", str(robot_file), "--bundle", bundle),
-        *("--precision", "fp32", "--denoising-steps", "2", "--force"),
-    )
-
-    _step("3/6 verify: ONNX Runtime against PyTorch, and TensorRT-RTX's parser and builder")
-    _must_pass(
-        "verify",
-        *("--bundle", bundle, "--checkpoint", checkpoint, "--dataset", str(paths["dataset"])),
+    _step("2/5 export, verify, calibrate, quantize, audit")
+    run_subcommand(
+        "pipeline",
+        *("--checkpoint", str(paths["checkpoint"]), "--dataset", str(paths["dataset"])),
+        *("--robot", str(robot_file), "--output", str(paths["bundles"])),
+        *("--precision", "fp32", "--denoising-steps", "2"),
+        *("--samples", str(_SAMPLES), "--seed", str(args.seed), "--refresh"),
     )
     if importlib.util.find_spec("tensorrt_rtx"):
-        _must_pass("build-check", "--bundle", bundle)
+        for bundle in bundles.values():
+            run_subcommand("build-check", "--bundle", str(bundle))
     else:
         print("TensorRT-RTX is not installed: its build is left out (pip install '.[rtx]')")
 
-    _step("4/6 the episode as a rosbag2")
+    _step("3/5 the episode as a rosbag2")
     options = BagOptions()
-    _must_pass(
+    run_subcommand(
         "episode-to-bag",
-        *("--dataset", str(paths["dataset"]), "--episode", "0", "--bundle", bundle),
+        *("--dataset", str(paths["dataset"]), "--episode", "0", "--bundle", str(bundles["int8"])),
         *("--output", str(paths["bag"]), "--force"),
     )
 
-    _step("5/6 policy_node in a process of its own, the bag played to it over DDS")
-    live = run_live(
-        paths["bag"],
-        {"bundle": bundle, "inference_rate_hz": 5.0},
-        paths["run"],
-        rate=args.rate,
-    )
-
-    _step("6/6 what happened")
+    _step("4/5 policy_node in a process of its own, the bag played to it over DDS")
+    lives, results = {}, {}
     episode = dataset.episode(0)
-    policy = Policy.load(paths["bundle"], verify_hashes=False)
-    results = recompute(policy, episode, options.start_time_ns, live.chunks)
-    _print_table(live, results, policy, episode)
-    draw_chunks(output / "predicted_vs_recorded.png", policy, episode, results)
-    policy.close()
-    print(f"\npicture: {output / 'predicted_vs_recorded.png'}")
-    if not results:
+    for kind, bundle in bundles.items():
+        lives[kind] = run_live(
+            paths["bag"],
+            {"bundle": str(bundle), "inference_rate_hz": 5.0},
+            paths["run"] / kind,
+            rate=args.rate,
+        )
+        policy = Policy.load(bundle, verify_hashes=False)
+        results[kind] = recompute(policy, episode, options.start_time_ns, lives[kind].chunks)
+        if kind == "int8":
+            draw_chunks(output / "predicted_vs_recorded.png", policy, episode, results[kind])
+        policy.close()
+
+    _step("5/5 what happened")
+    _print_table(bundles, lives, results)
+    print(f"\nreport:  {paths['bundles'] / 'report' / 'report.md'}")
+    print(f"picture: {output / 'predicted_vs_recorded.png'}")
+    if not all(results.values()):
         print("FAIL: the node published no chunk; the diagnostics above say why")
         return cli.EXIT_CHECK_FAILED
-    if not all(result.max_error <= _TOLERANCE for result in results):
+    if not all(one.max_error <= _TOLERANCE for found in results.values() for one in found):
         print(f"FAIL: a published chunk is not within {_TOLERANCE} of Policy.infer")
         return cli.EXIT_CHECK_FAILED
     print("PASS")
@@ -137,58 +141,63 @@ def _step(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def _must_pass(*arguments: str) -> None:
-    start = time.perf_counter()
-    print(f"$ groot-int8 {' '.join(arguments)}", flush=True)
-    code = cli.main(arguments)
-    if code == cli.EXIT_SIGNALLED + signal.SIGPIPE:
-        raise BrokenPipeError
-    if code >= cli.EXIT_SIGNALLED:
-        raise KeyboardInterrupt
-    if code != 0:
-        raise BundleError(f"`groot-int8 {arguments[0]}` failed; see above")
-    print(f"  {time.perf_counter() - start:.1f} s")
-
-
 def _print_table(
-    live: LiveRun, results: list[Recomputed], policy: Policy, episode: Episode
+    bundles: Mapping[str, Path],
+    lives: Mapping[str, LiveRun],
+    results: Mapping[str, Sequence[Recomputed]],
 ) -> None:
-    rows = [
-        ("chunks published", f"{len(live.chunks)}"),
-        ("rate", f"{len(live.chunks) / live.wall_s:.2f} chunks/s"),
-        (
-            "chunk",
-            f"{policy.processor.action_steps} steps x "
-            f"{sum(map(len, policy.robot.action_joints.values()))} joints, "
-            f"{policy.manifest.denoising_steps} denoising steps",
-        ),
-        ("node's peak memory", f"{live.node_peak_bytes / 1e6:.0f} MB"),
-    ]
-    for stage in _STAGES:
-        times = [chunk.info["timings_s"][stage] * 1e3 for chunk in live.chunks]
-        if times:
-            rows.append(
-                (
-                    f"latency, {stage}",
-                    f"median {np.median(times):7.2f} ms   p95 {np.percentile(times, 95):7.2f} ms",
-                )
+    """Print one column a bundle."""
+    audit = json.loads((bundles["int8"].parent / "report" / "report.json").read_text())["audit"]
+    int8_layers = sum(found["INT8"] for found in audit.values())
+    layers = sum(sum(found.values()) for found in audit.values())
+    rows: dict[str, list[str]] = {}
+    for kind, live in lives.items():
+        manifest = open_bundle(bundles[kind], verify_hashes=False).manifest
+        quantised = [graph.quantization for graph in manifest.graphs.values()]
+        errors = next((record.errors for record in quantised if record), {})
+        worst = max((one.max_error for one in results[kind]), default=float("nan"))
+        column = {
+            "bundle": f"{sum(size for _, size in manifest.files.values()) / 1e6:.1f} MB",
+            "INT8 layers, by the audit of the ONNX": (
+                f"{int8_layers} of {layers}" if errors else "0"
+            ),
+            "actions off the float bundle's, relative L2": (
+                f"{100 * errors['relative_l2']:.3f} %" if errors else "-"
+            ),
+            **{
+                f"  largest, {name.removeprefix('max_error/')} (joint units)": "-"
+                for name in _first_errors(bundles)
+            },
+            "chunks published": f"{len(live.chunks)}, {len(live.chunks) / live.wall_s:.2f} /s",
+            "node's peak memory": f"{live.node_peak_bytes / 1e6:.0f} MB",
+            "published against Policy.infer, same frames": f"largest difference {worst:.1e}",
+        }
+        for name, value in errors.items():
+            if name.startswith("max_error/"):
+                key = name.removeprefix("max_error/")
+                column[f"  largest, {key} (joint units)"] = f"{value:.4g}"
+        for stage in _STAGES:
+            times = [chunk.info["timings_s"][stage] * 1e3 for chunk in live.chunks]
+            column[f"latency, {stage}, median / p95 ms"] = (
+                f"{np.median(times):.2f} / {np.percentile(times, 95):.2f}" if times else "-"
             )
-    if results:
-        worst = max(result.max_error for result in results)
-        rows.append(
-            (
-                "published against Policy.infer on the same frames",
-                f"largest difference {worst:.1e}",
-            )
-        )
-        rows.append(
-            (
-                "predicted against recorded (random weights: no meaning)",
-                f"mean {mean_error(policy, episode, results):.2f} in policy units",
-            )
-        )
-    for name, (level, message) in sorted(live.statuses.items()):
-        rows.append((f"diagnostics, {name}", f"level {level}: {message}"))
-    width = max(len(name) for name, _ in rows)
-    for name, text in rows:
-        print(f"{name:{width}}  {text}")
+        for name, (level, message) in sorted(live.statuses.items()):
+            column[f"diagnostics, {name}"] = message if level == 0 else f"{level}: {message}"
+        for name, text in column.items():
+            rows.setdefault(name, []).append(text)
+    width = max(map(len, rows))
+    print(f"{'':{width}}  " + "".join(f"{kind:30}" for kind in lives))
+    for name, cells in rows.items():
+        print(f"{name:{width}}  " + "".join(f"{cell:30}" for cell in cells))
+    print(
+        "INT8 on this CPU is computed in floating point from the Q/DQ nodes: its latency says "
+        "nothing about an INT8 engine."
+    )
+
+
+def _first_errors(bundles: Mapping[str, Path]) -> list[str]:
+    manifest = open_bundle(bundles["int8"], verify_hashes=False).manifest
+    for graph in manifest.graphs.values():
+        if graph.quantization is not None:
+            return [name for name in graph.quantization.errors if name.startswith("max_error/")]
+    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -28,11 +29,17 @@ def test_the_demo_runs_the_whole_road_and_leaves_its_picture(tmp_path: Path) -> 
     output = tmp_path / "demo"
     done = run_demo("--output", output, "--frames", "120", "--rate", "0.7")
     assert done.returncode == 0, done.stdout + done.stderr
-    table = dict(
-        line.split("  ", 1) for line in done.stdout.split("6/6")[1].splitlines() if "  " in line
-    )
-    assert int(table["chunks published"]) >= 5
-    assert "latency, action_head" in table
+    rows = (re.split(r"  +", line.strip()) for line in done.stdout.split("5/5")[1].splitlines())
+    table = {cells[0]: cells[1:] for cells in rows if len(cells) == 3}
+    sizes = [float(cell.removesuffix(" MB")) for cell in table["bundle"]]
+    assert sizes[1] < sizes[0]
+    counts = [int(cell.split()[0]) for cell in table["INT8 layers, by the audit of the ONNX"]]
+    assert counts[0] == 0 < counts[1]
+    assert 0.0 < float(table["actions off the float bundle's, relative L2"][1].split()[0]) < 1.0
+    assert all(int(cell.split(",")[0]) >= 5 for cell in table["chunks published"])
+    assert "latency, action_head, median / p95 ms" in table
+    report = (output / "bundles" / "report" / "report.md").read_text()
+    assert "by the audit of the ONNX" in report
     assert (output / "predicted_vs_recorded.png").read_bytes().startswith(b"\x89PNG")
 
 
