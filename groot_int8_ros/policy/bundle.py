@@ -82,7 +82,7 @@ class Manifest:
 
     Attributes:
         exporter_version: Version of this package that wrote the bundle.
-        checkpoint_sha256: Hash over the checkpoint's weight and configuration files.
+        checkpoint_sha256: Hash over the checkpoint's weight, configuration and processor files.
         embodiment: Embodiment tag of the processor files that the bundle serves.
         robot: Cameras, joints and action period.
         action_horizon: Action tokens that the model runs.

@@ -25,7 +25,7 @@ from groot_int8_ros.errors import (
     EngineError,
     ObservationError,
 )
-from groot_int8_ros.policy.bundle import PROCESSOR_FILES, TOKENIZER_FILE, Bundle
+from groot_int8_ros.policy.bundle import TOKENIZER_FILE, Bundle
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.processor import Processor
@@ -169,19 +169,17 @@ def plan_trajectories(
 def refuse_other_policy(reference: Bundle, other: Bundle) -> None:
     """Raise `BundleError` unless two bundles are forms of the same policy.
 
-    They get the same observations, and their answers are compared row by row and decoded with one
-    bundle's conventions. So beside the checkpoint's weights everything around them has to be the
-    same: embodiment, robot, number of action tokens, statistics and tokenizer.
+    They get the same observations, and their answers are compared row by row and decoded with
+    one bundle's conventions. So beside the checkpoint (weights and statistics) what is around it
+    has to be the same: embodiment, robot, number of action tokens and tokenizer.
     """
     a, b = reference.manifest, other.manifest
     pairs: list[tuple[str, object, object]] = [
-        ("checkpoint", a.checkpoint_sha256[:12], b.checkpoint_sha256[:12]),
+        ("checkpoint", a.checkpoint_sha256, b.checkpoint_sha256),
         ("embodiment", a.embodiment, b.embodiment),
         ("action horizon", a.action_horizon, b.action_horizon),
         ("robot description", a.robot, b.robot),
-    ]
-    pairs += [
-        (file, a.files.get(file), b.files.get(file)) for file in (*PROCESSOR_FILES, TOKENIZER_FILE)
+        (TOKENIZER_FILE, a.files.get(TOKENIZER_FILE), b.files.get(TOKENIZER_FILE)),
     ]
     for what, first, second in pairs:
         if first != second:

@@ -244,8 +244,12 @@ def _copy_inputs(checkpoint: Path, tokenizer_file: Path, folder: Path) -> None:
 
 
 def checkpoint_hash(checkpoint: Path, reader: CheckpointReader) -> str:
-    """Return the SHA-256 over a checkpoint's configuration and weight files."""
+    """Return the SHA-256 over a checkpoint's configuration, processor and weight files.
+
+    The processor's statistics belong to it: with others, the same weights are another policy.
+    """
     digest = hashlib.sha256()
-    for path in (checkpoint / CONFIG_FILE, *reader.files):
+    processor = [path for name in PROCESSOR_FILES if (path := checkpoint / name).is_file()]
+    for path in (checkpoint / CONFIG_FILE, *processor, *reader.files):
         digest.update(f"{path.name} {sha256_of_file(path)}\n".encode())
     return digest.hexdigest()

@@ -141,8 +141,8 @@ def test_unknown_trajectory_is_refused(bundle: Bundle, tiny_dataset: Path) -> No
         ({"checkpoint_sha256": "0" * 64}, "another checkpoint than .* runs of their own"),
         ({"embodiment": "gr1"}, "another embodiment"),
         ({"action_horizon": 50}, "another action horizon"),
-        # The weights' hash does not see it, and every target would be scaled differently.
-        ({"files": {"statistics.json": ("0" * 64, 1)}}, r"another statistics\.json"),
+        # The same words would become other tokens.
+        ({"files": {"tokenizer.json": ("0" * 64, 1)}}, r"another tokenizer\.json"),
     ],
 )
 def test_bundles_of_different_policies_are_not_compared(

@@ -224,7 +224,7 @@ def test_what_cannot_be_compared_is_refused_and_writes_nothing(
     for arguments, message in (
         (("--bundle", fp16_bundle, "--engine", *engines), "2 engines for 1 bundles"),
         (("--bundle", fp16_bundle, fp16_bundle), "same bundle twice for the same engine"),
-        (("--bundle", fp16_bundle, g1_policy / "int8"), "has another robot description"),
+        (("--bundle", fp16_bundle, g1_policy / "int8"), "has another checkpoint than"),
         (("--bundle", minimal_checkpoint), "manifest.json"),
         (
             ("--bundle", fp16_bundle, "--checkpoint", tiny_checkpoint),

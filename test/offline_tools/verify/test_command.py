@@ -167,6 +167,16 @@ def test_bundle_of_another_checkpoint_is_refused(
     assert not (bundle_copy / "reports").exists()
 
 
+def test_checkpoint_with_other_statistics_is_another_checkpoint(
+    bundle_copy: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    statistics = copy / "statistics.json"
+    statistics.write_text(statistics.read_text() + " ")
+    assert _verify(bundle_copy, copy) == 2
+    assert "was exported from another checkpoint than" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
