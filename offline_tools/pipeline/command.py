@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,8 +24,11 @@ from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
+from groot_int8_ros.policy.engines.tensorrt_manifest import engine_folder
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
 from offline_tools.arguments import positive_float, positive_int, seed
+from offline_tools.cli import EXIT_CHECK_FAILED
+from offline_tools.engine.library import open_library
 from offline_tools.pipeline.report import REPORT_FILES, write_report
 from offline_tools.pipeline.step import (
     STATE_FOLDER,
@@ -40,7 +42,7 @@ from offline_tools.pipeline.step import (
     write_state,
 )
 
-STEPS = ("export", "verify", "calibrate", "quantize", "build", "audit")
+STEPS = ("export", "verify", "calibrate", "quantize", "build", "audit", "audit-engines")
 
 _MARKER = f"{STATE_FOLDER}/about.txt"
 
@@ -100,14 +102,16 @@ def run(args: argparse.Namespace) -> int:
         return 0
     with atomic_file(output / _MARKER) as temporary:
         temporary.write_text("This folder is rewritten by `groot-int8 pipeline`.\n")
-    refreshing = False
+    refreshing, code = False, 0
     for step in steps:
         refreshing |= step.name == args.refresh
         try:
             _bring_up_to_date(step, output, refresh=refreshing)
         except StepFailedError as error:
-            print(f"groot-int8 pipeline: stopped, since {error}")
-            return error.code
+            if not (step.is_verdict and error.code == EXIT_CHECK_FAILED):
+                print(f"groot-int8 pipeline: stopped, since {error}")
+                return error.code
+            code = error.code
     print("\n== report")
     states = {step.name: read_state(output, step.name) for step in steps}
     page = write_report(
@@ -120,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
         left_out={step.name: step.left_out for step in steps if step.left_out},
     )
     print(page + "\n" + "\n".join(str(output / "report" / name) for name in REPORT_FILES))
-    return 0
+    return code
 
 
 def _print_plan(steps: Sequence[Step], output: Path, refresh: str | None) -> None:
@@ -160,7 +164,7 @@ def _bring_up_to_date(step: Step, output: Path, *, refresh: bool) -> None:
     interrupted = state is not None and state.key == key and state.output is None and not refresh
     write_state(output, step.name, StepState(key, None, state.seconds if state else None))
     start = time.perf_counter()
-    run_subcommand(step.name, *step.arguments(interrupted))
+    run_subcommand(step.subcommand or step.name, *step.arguments(interrupted))
     step.finish()
     seconds = time.perf_counter() - start
     write_state(output, step.name, StepState(key, step.output(), seconds))
@@ -227,6 +231,15 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             shutil.rmtree(folders["int8"])
         fresh_int8.rename(folders["int8"])
 
+    def built_engines() -> str:
+        # Each engine's manifest holds the engine's hash.
+        manifests = sorted(_engines_here(folders["int8"]).glob("*.json"))
+        if not manifests:
+            raise EngineError(f"{folders['int8']} has no engine for the device here")
+        return digest_of_files(manifests, folders["int8"])
+
+    no_engines = _why_no_engines(folders["int8"])
+    audit_of_engines = folders["report"] / "audit_engines.json"
     steps = [
         Step(
             "export",
@@ -274,16 +287,13 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             "build",
             options=["--low-memory"] if args.low_memory else [],
             inputs=int8_bundle,
-            output=lambda: digest_of_files(
-                _at_least_one((folders["int8"] / "engines").glob("*/*.json"), folders["int8"]),
-                folders["int8"],
-            ),
+            output=built_engines,
             arguments=lambda _: [
                 *("--bundle", str(folders["int8"])),
                 *(["--low-memory"] if args.low_memory else []),
             ],
             rough_s=rough["build"],
-            left_out=_why_no_engines(folders["int8"]),
+            left_out=no_engines,
         ),
         Step(
             "audit",
@@ -292,6 +302,26 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             output=lambda: sha256_of_file(audit),
             arguments=lambda _: ["--bundle", str(folders["int8"]), "--json", str(audit)],
             rough_s=rough["audit"],
+            is_verdict=True,
+        ),
+        Step(
+            "audit-engines",
+            options=[],
+            inputs=built_engines,
+            output=lambda: sha256_of_file(audit_of_engines),
+            arguments=lambda _: [
+                *(
+                    "--bundle",
+                    str(folders["int8"]),
+                    "--engines",
+                    str(_engines_here(folders["int8"])),
+                ),
+                *("--json", str(audit_of_engines)),
+            ],
+            rough_s=rough["audit"],
+            left_out=no_engines,
+            subcommand="audit",
+            is_verdict=True,
         ),
     ]
     return [replace(step, options=tuple(step.options)) for step in steps]
@@ -299,13 +329,10 @@ def _steps(args: argparse.Namespace) -> list[Step]:
 
 def _why_no_engines(bundle: Path) -> str:
     """Return why no engine can be built here, or nothing."""
-    later = f"on the robot: groot-int8 build --bundle {bundle.name}"
-    if importlib.util.find_spec("tensorrt") is None:
-        return f"TensorRT is not installed here; {later}"
     try:
-        Cuda().device()
+        _engines_here(bundle)
     except EngineError as error:
-        return f"{error} ({later})"
+        return f"{error} (on the robot: groot-int8 build --bundle {bundle.name})"
     return ""
 
 
@@ -342,11 +369,9 @@ def _digest_of_bundle(folder: Path) -> str:
     return sha256_of_file(folder / MANIFEST_FILE)
 
 
-def _at_least_one(paths: Iterable[Path], folder: Path) -> list[Path]:
-    found = sorted(paths)
-    if not found:
-        raise EngineError(f"{folder} holds no engine")
-    return found
+def _engines_here(bundle: Path) -> Path:
+    """Return the folder of a bundle's engines for the device here."""
+    return engine_folder(bundle, open_library("tensorrt").version, Cuda().device())
 
 
 def _duration(seconds: float) -> str:

@@ -44,7 +44,7 @@ class Step:
     """One step.
 
     Attributes:
-        name: Name of its subcommand.
+        name: Its name; that of its subcommand, but for `subcommand`.
         options: Those that change what it makes.
         inputs: Hash of what it reads; raises `GrootError` or `OSError` if that is not there.
         output: Hash of what it wrote, likewise.
@@ -52,6 +52,8 @@ class Step:
         finish: Called when it has ended well.
         rough_s: A guess of its duration for when there is no earlier one, seconds.
         left_out: Why it does not run at all here, or nothing.
+        subcommand: Name of its subcommand where it is another one.
+        is_verdict: Whether a failed check is a result to report, and not the end of the run.
     """
 
     name: str
@@ -62,6 +64,8 @@ class Step:
     rough_s: float
     finish: Callable[[], None] = lambda: None
     left_out: str = ""
+    subcommand: str = ""
+    is_verdict: bool = False
 
     def key(self) -> str:
         """Return the hash of what the step would be made from now."""

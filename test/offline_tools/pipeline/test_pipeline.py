@@ -17,6 +17,7 @@ pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
 from offline_tools.cli import main
+from offline_tools.pipeline.step import StepFailedError, run_subcommand
 
 STEPS = ["export", "verify", "calibrate", "quantize", "audit"]
 
@@ -121,12 +122,12 @@ def test_refresh_runs_from_the_step_on(again: Callable[..., tuple[list[str], str
 def test_killed_run_is_gone_on_with_where_it_was(
     arguments: list[str], output: Path, tmp_path: Path
 ) -> None:
-    command = [sys.executable, "-m", "offline_tools.cli", "pipeline", *arguments]
-    command += ["--output", str(tmp_path / "out")]
+    words = [sys.executable, "-m", "offline_tools.cli", "pipeline", *arguments]
+    words += ["--output", str(tmp_path / "out")]
     log = tmp_path / "log"
     with log.open("w") as stream:
         process = subprocess.Popen(
-            command, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ}
+            words, stdout=stream, stderr=subprocess.STDOUT, env={**os.environ}
         )
         end = time.monotonic() + 120.0
         while "== calibrate" not in log.read_text():
@@ -135,7 +136,7 @@ def test_killed_run_is_gone_on_with_where_it_was(
             time.sleep(0.05)
         process.send_signal(signal.SIGKILL)
         process.wait()
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = subprocess.run(words, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "== export: up to date" in found.stdout
     assert "interrupted the last time" in found.stdout
@@ -155,6 +156,30 @@ def test_step_that_fails_ends_the_run_with_its_code_and_keeps_what_is_there(
     assert "stopped, since `groot-int8 quantize` failed" in captured.out
     assert "times the limit" in captured.err
     assert (output / "int8" / "manifest.json").read_bytes() == before
+
+
+def test_audit_that_fails_is_reported_and_asked_again_the_next_time(
+    again: Callable[..., tuple[list[str], str]],
+    arguments: list[str],
+    output: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    again()
+    (output / "report" / "report.md").unlink()
+    (output / ".pipeline" / "audit.json").unlink()
+
+    def fail(name: str, *words: str) -> None:
+        run_subcommand(name, *words)
+        raise StepFailedError(name, 1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("offline_tools.pipeline.command.run_subcommand", fail)
+        assert main(["pipeline", *arguments, "--output", str(output)]) == 1
+    assert (output / "report" / "report.md").is_file()
+    capsys.readouterr()
+    ran, _ = again()
+    assert ran == ["audit"]
 
 
 def test_folder_of_something_else_is_left_alone(
