@@ -10,10 +10,13 @@ instruction: image tokens, the delimiters between the images, the end of the mes
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from groot_int8_ros.errors import ProcessorError
 from groot_int8_ros.policy.types import Int64Array
@@ -54,8 +57,7 @@ class TokenLayout:
         is_image = np.array(self.live_ids) == self.image_token_id
         bounds = [0, *(np.flatnonzero(np.diff(is_image)) + 1).tolist(), self.live_length]
         return tuple(
-            (bool(is_image[start]), start, stop)
-            for start, stop in zip(bounds[:-1], bounds[1:], strict=True)
+            (bool(is_image[start]), start, stop) for start, stop in itertools.pairwise(bounds)
         )
 
 
@@ -81,7 +83,7 @@ def split_prompt(input_ids: Int64Array, image_token_id: int) -> tuple[Int64Array
     return input_ids[: places[0]], input_ids[places[0] :]
 
 
-def padded_left(values: np.ndarray, length: int, axis: int) -> np.ndarray:
+def padded_left(values: NDArray[Any], length: int, axis: int) -> NDArray[Any]:
     """Return an array with zeros put before it on one axis, up to a length.
 
     Args:
