@@ -4,9 +4,10 @@ Owns: `TensorRTEngine`. Must not import torch. TensorRT and cuda-python are impo
 is loaded, so a robot that runs ONNX Runtime needs neither.
 
 Memory. The engine's file is mapped, not read: TensorRT copies the weights once, to where the GPU
-reads them, and the file's pages go back to the kernel, so no second copy stays. Inputs and outputs
-are allocated once, for the largest shapes. Where CPU and GPU share memory and a probe shows that
-they see the same bytes, TensorRT reads and writes those buffers in place.
+reads them, and the file's pages go back to the kernel before the next engine is loaded, so no
+second copy stays. Inputs and outputs are allocated once, for the largest shapes. Where CPU and GPU
+share memory and a probe shows that they see the same bytes, TensorRT reads and writes those
+buffers in place.
 
 CUDA graph. Each shape is run once plainly and once as a captured graph; the graph is kept if
 capturing works and gives the same outputs. It did not work for engines that allocate while they
@@ -20,8 +21,8 @@ import json
 import math
 import mmap
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,28 @@ def make_logger(trt: Any) -> Any:
                 self.errors.append(message)
 
     return ErrorLog()
+
+
+@contextmanager
+def mapped_once(path: Path) -> Iterator[mmap.mmap]:
+    """Map a file that is read once, and leave none of it in memory.
+
+    The kernel keeps the pages of a file that was read, and on a Jetson they come out of the memory
+    that the GPU allocates from. It drops no page that is still mapped, so it is asked afterwards;
+    what an earlier reading of the file (its hash) left goes with them.
+
+    Args:
+        path: A file that is not empty.
+
+    Yields:
+        Its bytes, read-only.
+    """
+    with path.open("rb") as stream:
+        try:
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+                yield mapped
+        finally:
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 @dataclass
@@ -169,7 +192,7 @@ class TensorRTEngine:
         try:
             self._execute()
         except CudaError as error:
-            raise self._failure("failed") from error
+            raise self._failure("failed", error) from error
         return {name: self._read(name) for name in self._manifest.outputs}
 
     def time_ms(self, runs: int) -> float:
@@ -213,9 +236,11 @@ class TensorRTEngine:
 
     def close(self) -> None:
         """Release the engine's memory."""
+        # What fails in here has no memory to give back; the rest must still be released.
+        with suppress(CudaError):
+            self._drop_graph()
         self._context = None
         while self._close_steps:
-            # What fails here has no memory to give back; the rest must still be released.
             with suppress(CudaError):
                 self._close_steps.pop()()
         self._engine = None
@@ -273,17 +298,14 @@ class TensorRTEngine:
         self._context = self._engine.create_execution_context()
         if self._context is None:
             raise self._failure("got no memory for its activations")
-        self._allocate(trt)
+        try:
+            self._allocate(trt)
+        except CudaError as error:
+            raise self._failure("got no memory for its inputs and outputs", error) from error
 
     def _deserialize(self) -> Any:
-        with (
-            self._path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
-        ):
-            engine = self._runtime.deserialize_cuda_engine(mapped)
-            # Both the mapping's pages and those that hashing left in the page cache.
-            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            return engine
+        with mapped_once(self._path) as mapped:
+            return self._runtime.deserialize_cuda_engine(mapped)
 
     def _check_tensors(self, trt: Any) -> None:
         found: dict[bool, set[str]] = {True: set(), False: set()}
@@ -292,12 +314,18 @@ class TensorRTEngine:
             found[self._engine.get_tensor_mode(name) == trt.TensorIOMode.INPUT].add(name)
         wanted = {True: set(self._manifest.inputs), False: set(self._manifest.outputs)}
         if found != wanted:
-            raise EngineError(
-                f"{self._path} has the inputs {sorted(found[True])} and the outputs "
-                f"{sorted(found[False])}, and its manifest says {sorted(wanted[True])} and "
-                f"{sorted(wanted[False])}. Build it again: "
-                + rebuild_command(self._bundle, self._manifest.build_options)
+            raise self._misfit(
+                f"has the inputs {sorted(found[True])} and the outputs {sorted(found[False])}, "
+                f"and its manifest says {sorted(wanted[True])} and {sorted(wanted[False])}"
             )
+        for name, tensor in {**self._manifest.inputs, **self._manifest.outputs}.items():
+            shape = tuple(int(axis) for axis in self._engine.get_tensor_shape(name))
+            dtype = np.dtype(trt.nptype(self._engine.get_tensor_dtype(name)))
+            if not _is_form_of(tensor.spec, shape, dtype):
+                raise self._misfit(
+                    f"has {name} as {dtype}{list(shape)}, and its manifest says "
+                    f"{tensor.spec.describe()}"
+                )
 
     def _allocate(self, trt: Any) -> None:
         shared = self._cuda.has_zero_copy()
@@ -326,7 +354,7 @@ class TensorRTEngine:
         try:
             self._execute()
         except CudaError as error:
-            raise self._failure("failed in its first run") from error
+            raise self._failure("failed in its first run", error) from error
 
     def _set_shapes(self, shapes: dict[str, tuple[int, ...]]) -> None:
         if shapes == self._shapes:
@@ -359,6 +387,7 @@ class TensorRTEngine:
         plain = {name: self._read(name) for name in self._manifest.outputs}
         try:
             self._graph = self._cuda.capture(self._stream, self._enqueue)
+            self._spoil_outputs()
             self._launch()
             self._cuda.synchronize(self._stream)
         except EngineError as error:
@@ -393,6 +422,16 @@ class TensorRTEngine:
                 size = math.prod(self._output_shape(name)) * buffer.dtype.itemsize
                 self._cuda.copy_to_host(buffer.host, buffer.device, size, self._stream)
 
+    def _spoil_outputs(self) -> None:
+        """Overwrite the outputs, or a graph that computes nothing would seem to give them."""
+        for name in self._manifest.outputs:
+            buffer = self._buffers[name]
+            host_view(buffer.host, (buffer.size_bytes,), np.dtype(np.uint8)).fill(0xFF)
+            if not buffer.shared:
+                self._cuda.copy_to_device(
+                    buffer.device, buffer.host, buffer.size_bytes, self._stream
+                )
+
     def _stop_using_graphs(self, reason: str) -> None:
         self._use_cuda_graph = False
         self.cuda_graph_state = reason
@@ -425,9 +464,14 @@ class TensorRTEngine:
             self._manifest.outputs[name].spec.dtype, copy=True
         )
 
-    def _failure(self, what: str) -> EngineError:
-        reasons = "; ".join(self._log.errors[-3:]) or "TensorRT gave no reason"
-        return EngineError(f"{self._path} {what}: {reasons} ({self._forecast})")
+    def _failure(self, what: str, error: CudaError | None = None) -> EngineError:
+        reasons = [*self._log.errors[-3:], *([str(error)] if error else [])]
+        text = "; ".join(reasons) or "TensorRT gave no reason"
+        return EngineError(f"{self._path} {what}: {text} ({self._forecast})")
+
+    def _misfit(self, what: str) -> EngineError:
+        again = rebuild_command(self._bundle, self._manifest.build_options)
+        return EngineError(f"{self._path} {what}. Build it again: {again}")
 
 
 def _largest(name: str, tensor: EngineTensor) -> tuple[int, ...]:
@@ -437,6 +481,23 @@ def _largest(name: str, tensor: EngineTensor) -> tuple[int, ...]:
     if len(fixed) != len(tensor.spec.shape):
         raise EngineError(f"the engine's manifest gives no profile for the varying tensor {name}")
     return fixed
+
+
+def _is_form_of(spec: TensorSpec, shape: tuple[int, ...], dtype: np.dtype[Any]) -> bool:
+    """Whether an engine's tensor can hold what the graph's does.
+
+    TensorRT 8.6 narrows 64-bit integers to 32. An axis whose length it does not know is -1; one
+    whose length varies in the graph may be fixed in the engine.
+    """
+    narrowed = spec.dtype == "int64" and dtype == np.int32
+    return (
+        (dtype == np.dtype(spec.dtype) or narrowed)
+        and len(shape) == len(spec.shape)
+        and all(
+            isinstance(want, str) or have in (want, -1)
+            for want, have in zip(spec.shape, shape, strict=True)
+        )
+    )
 
 
 def _agree(plain: NDArray[Any], replayed: NDArray[Any]) -> bool:
