@@ -192,6 +192,8 @@ class CalibrationRecorderNode(ManagedNode):
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
+        if self._pairing is not None:
+            self._pairing.clear()
 
     def _release(self) -> None:
         self._configured = False
@@ -237,22 +239,27 @@ class CalibrationRecorderNode(ManagedNode):
         self._due_s = time.monotonic() + 1.0 / parameters.inference_rate_hz
         return Paired(found, None, parameters.seed, self._instruction)
 
+    @property
+    def _listening(self) -> ChunkPairing | None:
+        """The pairing while the node is active: else nobody takes from it what it collects."""
+        return self._pairing if self._worker is not None else None
+
     def _seen(self, name: str, message: Any, stamp: int) -> None:
-        if self._pairing is not None:
-            self._pairing.seen(name, message, stamp)
+        if pairing := self._listening:
+            pairing.seen(name, message, stamp)
 
     def _on_chunk(self, message: JointTrajectory) -> None:
-        if self._pairing is not None:
-            self._pairing.on_chunk(stamp_ns(message.header), message)
+        if pairing := self._listening:
+            pairing.on_chunk(stamp_ns(message.header), message)
 
     def _on_chunk_info(self, message: String) -> None:
-        if self._pairing is None:
+        if not (pairing := self._listening):
             return
         try:
             info = json.loads(message.data)
         except ValueError:
             info = message.data
-        self._pairing.on_info(info)
+        pairing.on_info(info)
 
     def _on_instruction(self, instruction: str) -> None:
         self._instruction = instruction

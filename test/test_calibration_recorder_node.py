@@ -28,11 +28,13 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
+from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
 from std_srvs.srv import Trigger
 
+from groot_int8_ros.calibration_recorder_node import CalibrationRecorderNode
 from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
@@ -40,7 +42,9 @@ from groot_int8_ros.errors import CaptureError
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Observation
 from groot_int8_ros.ros.joints import time_message
-from offline_tools.calibration.run import complete
+from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
+from offline_tools.calibration.bag_source import BagInputs, BagSource
+from offline_tools.calibration.run import capture, complete
 
 DEADLINE_S = 120.0
 PERIOD_S = 0.1
@@ -346,6 +350,81 @@ def test_recorder_that_runs_the_policy_stores_what_its_graphs_were_given(
     # Nothing is missing: the store calibrates as it is.
     assert len(store.feeds("dit")) == 3 * policy.manifest.denoising_steps
     assert complete(policy, store, tmp_path / "full", report=lambda _: None).completed == 0
+
+
+def test_played_bag_gives_the_arrays_that_are_read_from_the_bag_itself(
+    start: Start, robot: Robot, policy: Policy, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    bag = tmp_path / "bag"
+    # Compressed frames are small enough for the tests' transport.
+    convert_episode(
+        tiny_dataset, 0, bag, BagOptions(start_time_ns=1000 * SECOND, compression="png")
+    )
+    read = capture(
+        policy,
+        BagSource(bag, policy, BagInputs.read(None, None)),
+        tmp_path / "read",
+        samples=100,
+        seed=SEED,
+        keep_images=True,
+        report=lambda _: None,
+    )
+    compressed = {f"cameras.{c.key}.transport": "compressed" for c in policy.robot.cameras}
+    recorder = start(
+        **compressed,
+        **{
+            "with_chunks": False,
+            "run_policy": True,
+            "use_sim_time": True,
+            "samples": 100,
+            "inference_rate_hz": 200.0,
+            # One moment of the bag is one observation, however its messages arrive.
+            "max_observation_skew_s": 0.001,
+            "sensor_qos.reliability": "best_effort",
+        },
+    )
+    robot.until(lambda: robot.said, "the recorder")
+    player = [sys.executable, "-m", "offline_tools.cli", "play-bag", str(bag), "--clock"]
+    played = subprocess.run(
+        [*player, "--rate", "0.5"],
+        env=os.environ | {"ROS_DOMAIN_ID": str(DOMAIN_ID)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=DEADLINE_S,
+    )
+    assert played.returncode == 0, played.stderr
+    assert recorder.end(signal.SIGINT) == 0, recorder.text()
+    wanted = {sample.stamp_ns: sample.arrays() for sample in read.store.samples()}
+    samples = list(CaptureStore.open(tmp_path / "store").samples())
+    assert len(samples) >= 10
+    for sample in samples:
+        found = sample.arrays()
+        assert found.keys() == wanted[sample.stamp_ns].keys()
+        for name, array in found.items():
+            np.testing.assert_array_equal(array, wanted[sample.stamp_ns][name], err_msg=name)
+
+
+def test_node_that_is_not_active_collects_nothing(tiny_bundle: Path, tmp_path: Path) -> None:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    parameters = {"bundle": str(tiny_bundle), "output": str(tmp_path / "store")}
+    overrides = [Parameter(name, value=value) for name, value in parameters.items()]
+    node = CalibrationRecorderNode(context=context, parameter_overrides=overrides)
+    try:
+        node.trigger_configure()
+        pairing = node._pairing
+        assert pairing is not None
+        foreign = String(data="{}")
+        node._on_chunk_info(foreign)
+        assert pairing.foreign == "", "an inactive node listened"
+        node.trigger_activate()
+        node._on_chunk_info(foreign)
+        assert pairing.foreign, "an active node did not listen"
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.shutdown(context=context)
 
 
 def test_policy_node_and_a_policy_of_its_own_exclude_each_other(
