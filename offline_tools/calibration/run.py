@@ -157,11 +157,14 @@ def _refuse_occupied(output: Path) -> None:
 def choose(source: Source, samples: int) -> tuple[list[int], int, Skipped]:
     """Return the numbers of the observations to keep, how many there are, and what was skipped."""
     selector, skipped = Selector(samples), Skipped()
-    numbers: list[int] = []
+    kept: dict[int, int] = {}
     for number, candidate in source.candidates(skipped):
-        numbers.append(number)
-        selector.offer(candidate)
-    return sorted(numbers[ticket] for ticket in selector.tickets), len(numbers), skipped
+        decision = selector.offer(candidate)
+        if decision.evicted is not None:
+            del kept[decision.evicted]
+        if decision.ticket is not None:
+            kept[decision.ticket] = number
+    return sorted(kept.values()), selector.offered, skipped
 
 
 @dataclass(frozen=True)

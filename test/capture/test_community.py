@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -250,6 +252,22 @@ def test_export_needs_the_tensors_and_an_empty_folder(
     (tmp_path / "full" / "mine").write_text("keep")
     with pytest.raises(OutputError, match="not empty"):
         export_community(store, "dit", tmp_path / "full")
+
+
+def test_disk_that_fills_up_leaves_no_half_of_an_export(
+    store: CaptureStore, tmp_path: Path
+) -> None:
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Writes beyond a size fail as they do on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OutputError, match=r"cannot write .*out"):
+            export_community(store, "backbone", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 
 def test_commands_exchange_and_report(

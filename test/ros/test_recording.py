@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ pytest.importorskip("diagnostic_msgs", reason="needs the ROS 2 message packages"
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import CaptureError, ObservationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
-from groot_int8_ros.policy.types import Float32Array, Observation
+from groot_int8_ros.policy.types import Float32Array, Observation, UInt8Array
 from groot_int8_ros.ros.chunk_pairing import Paired
 from groot_int8_ros.ros.observation_buffer import Snapshot
 from groot_int8_ros.ros.recording import Conversions, Recording, RecordingWorker
@@ -26,8 +27,11 @@ SECOND = 1_000_000_000
 class Bench:
     """A recording whose messages are made up and whose store is real."""
 
-    def __init__(self, bundle: Bundle, folder: Path, samples: int) -> None:
+    def __init__(
+        self, bundle: Bundle, folder: Path, samples: int, frame: UInt8Array | None = None
+    ) -> None:
         self._bundle = bundle
+        self._frame = np.zeros((4, 4, 3), np.uint8) if frame is None else frame
         self.broken_images: set[int] = set()
         self.nan_states: set[int] = set()
         manifest = bundle.manifest
@@ -60,10 +64,7 @@ class Bench:
         self.conversions += 1
         if snapshot.stamp_ns // SECOND in self.broken_images:
             raise ObservationError("image on /a: truncated")
-        images = {
-            camera.key: np.zeros((4, 4, 3), np.uint8)
-            for camera in self._bundle.manifest.robot.cameras
-        }
+        images = {camera.key: self._frame.copy() for camera in self._bundle.manifest.robot.cameras}
         return Observation(images, self._state(snapshot), instruction, snapshot.stamp_ns)
 
     @staticmethod
@@ -112,6 +113,23 @@ def test_images_are_converted_for_kept_observations_alone(bench: Bench) -> None:
         for _ in range(20):
             bench.offer(number)
     assert bench.conversions <= 9
+
+
+def test_memory_holds_a_shard_and_not_the_run(bundle: Bundle, tmp_path: Path) -> None:
+    bench = Bench(bundle, tmp_path / "store", 40, np.zeros((256, 256, 3), np.uint8))
+    peaks = []
+    tracemalloc.start()
+    try:
+        for numbers in (range(1, 10), range(10, 200)):
+            tracemalloc.reset_peak()
+            for number in numbers:
+                bench.offer(number)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+    finally:
+        tracemalloc.stop()
+    assert bench.recording.report().kept == 40
+    assert bench.conversions > 80, "nothing was replaced"
+    assert peaks[1] < 1.2 * peaks[0]
 
 
 def test_unusable_observation_is_named(bench: Bench) -> None:

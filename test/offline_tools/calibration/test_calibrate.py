@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from rosbags.rosbag2 import StoragePlugin, Writer
 
 from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
+from groot_int8_ros.capture.selection import Candidate
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import BagError, CaptureError, ConfigurationError, DatasetError
 from groot_int8_ros.policy.engines import Engine, Tensors
@@ -30,7 +32,7 @@ from offline_tools.bags import messages
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.dataset_source import EPISODE_SPACING_NS, DatasetSource
-from offline_tools.calibration.run import Recorded, Skipped, capture, complete
+from offline_tools.calibration.run import Recorded, Skipped, capture, choose, complete
 
 SEED = 5
 SECOND = 1_000_000_000
@@ -170,6 +172,39 @@ def test_same_recording_gives_the_same_set_and_it_is_spread_over_the_episode(
         report=lambda _: None,
     )
     assert other.store.content_sha256 != from_dataset.content_sha256
+
+
+class Endless:
+    """Observations of a run as long as one likes, without images."""
+
+    name = "endless"
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def candidates(self, skipped: Skipped) -> Iterator[tuple[int, Candidate]]:
+        for number in range(self._length):
+            state = np.array([np.sin(number / 7), np.cos(number / 5)], np.float32)
+            yield 2 * number, Candidate((number + 1) * SECOND // 30, state, "pick")
+
+    def observations(self, chosen: frozenset[int]) -> Iterator[Recorded]:
+        raise NotImplementedError
+
+
+def test_memory_of_the_choice_does_not_grow_with_the_recording() -> None:
+    peaks = []
+    for length in (1000, 16_000):
+        tracemalloc.start()
+        try:
+            chosen, offered, _ = choose(Endless(length), 10)
+            peaks.append(tracemalloc.get_traced_memory()[1])
+        finally:
+            tracemalloc.stop()
+        assert offered == length
+        assert len(chosen) == 10
+        assert max(chosen) > length, "the second half of the run is not there"
+        assert all(number % 2 == 0 for number in chosen), "the source's numbers were lost"
+    assert peaks[1] < 2 * peaks[0]
 
 
 @pytest.mark.parametrize("compression", [None, "png"])
