@@ -7,9 +7,10 @@ between versions is `library`'s.
 Types. Where a TensorRT can be strongly typed (10 and later), every layer keeps the type that the
 graph states. 8.6 cannot: it gets the FP16 flag and, for what the graph computes in float32 on
 purpose (the RMSNorm's square reaches 2.6e8 in the real model, far over FP16's 65504), a constraint
-on each such layer. Asking for another precision than the graph's is possible for the comparison,
-with weak typing; there the same constraints cannot be read from the graph, and accuracy is the
-user's to judge.
+on each such layer. Asking for another precision than the graph's is possible for the comparison:
+BF16 from an FP16 graph whose types are exchanged (`bfloat16_form`), and any from an FP32 graph
+with weak typing; there no constraint can be read from the graph, and accuracy is the user's to
+judge.
 """
 
 from __future__ import annotations
@@ -223,19 +224,24 @@ def _choose_typing(build: GraphBuild, library: Library) -> bool:
             f"{build.graph} is a float graph: quantise the bundle first (groot-int8 quantize), or "
             "build with --quantization calibrator"
         )
+    if build.precision == "bf16":
+        if not library.has_bfloat16:
+            raise EngineError(f"{where} has no BF16: build with --precision fp16 or fp32")
+        if build.graph_precision == "fp16":
+            return True
+    # NumPy has no bfloat16, so no bundle is exported in it: such engines are made of FP16 graphs.
+    export = "fp16" if build.precision == "bf16" else build.precision
     if not library.weakly_typed:
         raise EngineError(
             f"{where} keeps the graph's own types, and {build.graph.name} is "
-            f"{build.graph_precision}: export the bundle with --precision {build.precision}"
+            f"{build.graph_precision}, from which no {build.precision} engine is made: export the "
+            f"bundle with --precision {export}"
         )
     if build.graph_precision != "fp32":
         raise EngineError(
             f"{build.graph.name} is {build.graph_precision} and cannot become {build.precision}: "
-            f"export the bundle with --precision "
-            f"{'fp32' if build.precision == 'bf16' else build.precision}"
+            f"export the bundle with --precision {export}"
         )
-    if build.precision == "bf16" and not hasattr(library.trt.BuilderFlag, "BF16"):
-        raise EngineError(f"{where} has no BF16: build with --precision fp16 or fp32")
     return False
 
 
@@ -246,18 +252,28 @@ def _graph_in_form(
     stack: ExitStack,
     flags: list[str],
 ) -> Path:
-    """Return the file to parse: the graph itself, or one with its INT8 weights as float."""
+    """Return the file to parse: the graph itself, or a form of it that this build needs."""
+    if build.precision == "bf16" and build.graph_precision == "fp16":
+        from offline_tools.engine.bfloat16_form import write_as_bfloat16  # needs onnx
+
+        target = _temporary(build.graph, stack)
+        flags.append(f"{write_as_bfloat16(build.graph, target)} FP16 weights as BF16")
+        return target
     stored = library.stores_int8_weights
     pairs = not stored if settings.weight_form == "auto" else settings.weight_form == "float-pair"
     if build.graph_precision != "int8" or not pairs:
         return build.graph
     from offline_tools.engine.weight_form import write_with_float_weights  # needs onnx
 
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="groot-int8-"))
-    target = Path(folder) / build.graph.name
+    target = _temporary(build.graph, stack)
     count = write_with_float_weights(build.graph, target)
     flags.append(f"{count} INT8 weights as float with Q and DQ")
     return target
+
+
+def _temporary(graph: Path, stack: ExitStack) -> Path:
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="groot-int8-"))
+    return Path(folder) / graph.name
 
 
 def _configure(config: Any, settings: BuilderSettings, library: Library) -> list[str]:

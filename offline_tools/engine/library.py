@@ -10,14 +10,15 @@ difference             8.6           10.0 to 10.x             11           Tenso
 explicit batch         a flag        always                   always       always
 strong typing          not there     a flag                   a flag       a flag
 FP16 and INT8 flags    yes           yes, where weakly typed  gone         not there
+BF16                   not there     type, and a flag         type         type
 precision constraints  yes           yes, where weakly typed  gone         not there
 INT8 calibrators       yes           deprecated from 10.1     gone         not there
 stored INT8 weights    not taken     taken                    taken        taken
 progress monitor       not there     yes                      yes          yes
 =====================  ============  =======================  ===========  ============
 
-(The names were looked up in the bindings of 8.6.1, 10.3.0, 10.13.0 and 11.4.0 and in TensorRT-RTX
-1.7.1; `docs/engines.md` says which of them ran.)
+(The names were looked up in the Python bindings of 8.6.1, 10.0.1, 10.3.0, 10.14.1, 11.0.0 and
+11.4.0 and in TensorRT-RTX 1.7.1; `docs/engines.md` says which of them ran.)
 """
 
 from __future__ import annotations
@@ -67,6 +68,11 @@ class Library:
     def weakly_typed(self) -> bool:
         """Whether a builder can be allowed to choose a lower precision than the graph's."""
         return hasattr(self.trt.BuilderFlag, "FP16")
+
+    @property
+    def has_bfloat16(self) -> bool:
+        """Whether there is a BF16: a type of strongly typed graphs, and a flag of weak ones."""
+        return self.strongly_typed
 
     @property
     def stores_int8_weights(self) -> bool:

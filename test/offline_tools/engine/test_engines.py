@@ -135,7 +135,8 @@ def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
             "applies to backbone and dit",
         ),
         ({"quantization": "calibrator"}, CalibrationError, "so --captures is needed"),
-        ({"precision": "bf16"}, EngineError, "export the bundle with --precision bf16"),
+        ({"precision": "bf16"}, EngineError, "export the bundle with --precision fp16"),
+        ({"precision": "fp16"}, EngineError, "export the bundle with --precision fp16"),
         ({"precision": "int8"}, EngineError, "is a float graph: quantise the bundle first"),
     ],
 )
@@ -216,6 +217,17 @@ def test_quantised_graph_builds_in_both_forms_of_its_weights(
         built = build_plan(build, BuilderSettings(weight_form=form), open_library(RTX))
         assert any("INT8 weights as float" in text for text in built.flags) == rewritten
         assert memoryview(built.plan).nbytes > 0
+
+
+@pytest.mark.parametrize("name", ["backbone", "dit"])
+def test_half_precision_graph_builds_in_bfloat16(fp16_bundle: Path, name: str) -> None:
+    bundle = open_bundle(fp16_bundle, verify_hashes=False)
+    record = bundle.manifest.graphs[name]
+    profiles = lengths_of(bundle).profiles(record.inputs)
+    build = GraphBuild(bundle.graph_path(name), "fp16", "bf16", record.inputs, profiles)
+    built = build_plan(build, BuilderSettings(level=0), open_library(RTX))
+    assert any("FP16 weights as BF16" in text for text in built.flags)
+    assert memoryview(built.plan).nbytes > 0
 
 
 def test_weights_as_float_compute_the_same_bit_for_bit(

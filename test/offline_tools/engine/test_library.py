@@ -1,0 +1,115 @@
+"""Hazards of several TensorRT versions: a flag that this one lacks, weights that it does not take.
+
+`recorded/api_names.json` holds, of the names that versions differ in, those that the Python
+bindings of each version have (`tensorrt_bindings` and `tensorrt-cu12-bindings` on PyPI, imported
+over empty libraries). Only 8.6.1 has run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.engines import TensorSpec
+from offline_tools.engine.builder import BuilderSettings, Calibration, GraphBuild, build_plan
+from offline_tools.engine.library import RTX, Library, open_library
+
+_NAMES: dict[str, list[str]] = json.loads(
+    (Path(__file__).parent / "recorded" / "api_names.json").read_text()
+)
+_EXPLICIT_BATCH, _STRONGLY_TYPED = 0, 1
+
+
+def _library(version: str) -> Library:
+    module: Any = types.SimpleNamespace()
+    for name in _NAMES[version]:
+        owner, _, member = name.rpartition(".")
+        if owner and not hasattr(module, owner):
+            setattr(module, owner, types.SimpleNamespace())
+        setattr(getattr(module, owner) if owner else module, member, object())
+    flags = module.NetworkDefinitionCreationFlag
+    for number, name in enumerate(("EXPLICIT_BATCH", "STRONGLY_TYPED")):
+        if hasattr(flags, name):
+            setattr(flags, name, number)
+    return Library("tensorrt", module, version)
+
+
+@pytest.mark.parametrize(
+    ("version", "strong", "weak", "calibrators", "progress"),
+    [
+        ("8.6.1", False, True, True, False),
+        ("10.0.1", True, True, True, True),
+        ("10.3.0", True, True, True, True),
+        ("10.14.1", True, True, True, True),
+        ("11.0.0", True, False, False, True),
+        ("11.4.0", True, False, False, True),
+    ],
+)
+def test_each_version_is_asked_for_what_it_has(
+    version: str, strong: bool, weak: bool, calibrators: bool, progress: bool
+) -> None:
+    library = _library(version)
+    names = _NAMES[version]
+    assert library.strongly_typed == strong
+    assert library.stores_int8_weights == strong
+    assert (library.weakly_typed, library.has_calibrators) == (weak, calibrators)
+    assert library.has_progress_monitor == progress
+    # What the decisions lead to is there: flags of a network, of weak types, of BF16 with them.
+    if strong:
+        assert library.network_flags(strongly_typed=True) == 1 << _STRONGLY_TYPED
+    weak_flags = 1 << _EXPLICIT_BATCH if version.startswith("8") else 0
+    assert library.network_flags(strongly_typed=False) == weak_flags
+    wanted = {"BuilderFlag.FP16", "BuilderFlag.INT8", "BuilderFlag.OBEY_PRECISION_CONSTRAINTS"}
+    assert wanted <= set(names) if weak else not wanted & set(names)
+    if weak:
+        assert library.has_bfloat16 == ("BuilderFlag.BF16" in names)
+    assert "BuilderFlag.TF32" in names, "it is switched off in every build"
+
+
+def _build(precision: str, graph_precision: str, calibration: Calibration | None) -> GraphBuild:
+    spec = {"x": TensorSpec("float32", (1, 4))}
+    return GraphBuild(Path("dit.onnx"), graph_precision, precision, spec, {}, calibration)
+
+
+@pytest.mark.parametrize(
+    ("version", "build", "message"),
+    [
+        ("8.6.1", _build("bf16", "fp32", None), r"8\.6\.1 has no BF16: build with"),
+        ("8.6.1", _build("bf16", "fp16", None), r"8\.6\.1 has no BF16: build with"),
+        ("11.0.0", _build("fp16", "fp32", None), "the bundle with --precision fp16"),
+        ("11.0.0", _build("bf16", "fp32", None), "the bundle with --precision fp16"),
+        ("10.3.0", _build("fp32", "fp16", None), "cannot become fp32: export .* fp32"),
+        ("10.3.0", _build("bf16", "int8", None), "is int8 and cannot become bf16"),
+        (
+            "11.4.0",
+            _build("int8", "fp32", Calibration(None, b"cache")),
+            r"11\.4\.0 has no INT8 calibrators.*--quantization qdq",
+        ),
+        (
+            "10.14.1",
+            _build("int8", "int8", Calibration(None, b"cache")),
+            "already has explicit Q/DQ",
+        ),
+    ],
+)
+def test_what_a_version_cannot_build_is_refused_with_what_it_can(
+    version: str, build: GraphBuild, message: str
+) -> None:
+    with pytest.raises(EngineError, match=message):
+        build_plan(build, BuilderSettings(), _library(version))
+
+
+def test_the_one_that_runs_here_has_what_is_asked_of_it() -> None:
+    if importlib.util.find_spec(RTX) is None:
+        pytest.skip("TensorRT-RTX is not installed: pip install tensorrt-rtx-cu13 (Linux x86-64)")
+    library = open_library(RTX)
+    flag = 1 << int(library.trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    assert library.network_flags(strongly_typed=True) == flag
+    assert not library.has_calibrators
+    assert library.has_progress_monitor
