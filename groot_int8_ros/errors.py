@@ -50,6 +50,10 @@ class ObservationError(GrootError):
     """An observation cannot be used: missing, misshapen or not finite."""
 
 
+class UnknownInstructionError(ObservationError):
+    """The prefix of an instruction is not there: it has to be computed first."""
+
+
 class DatasetError(GrootError):
     """A dataset or an episode of it cannot be read."""
 

@@ -11,7 +11,8 @@ Layout::
     statistics.json
     embodiment_id.json
     tokenizer.json
-    onnx/*.onnx, *.onnx.data  the graphs
+    onnx/*.onnx, *.onnx.data  the graphs of one family (`families`)
+    prompts/*.npz             prefixes of instructions (`prompt_bank`), of deployed graphs alone
     engines/                  TensorRT engines, each with a manifest of its own: they belong to a
                               device, so they are no part of the verified content either
     reports/                  what later steps found out; not part of the verified content
@@ -23,31 +24,32 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import BundleError, ConfigurationError
 from groot_int8_ros.policy.engines.base import Engine, TensorSpec
+from groot_int8_ros.policy.families import (
+    DEPLOYED,
+    FAMILIES,
+    PREFIX_GRAPH,
+    deployed_fault,
+    engine_graphs,
+)
 from groot_int8_ros.policy.files import sha256_of_file
 from groot_int8_ros.policy.processor import Processor, load_processor
+from groot_int8_ros.policy.prompt_bank import PromptRecords, parse_prompts
 from groot_int8_ros.policy.quantization import QuantizationRecord, parse_record
 from groot_int8_ros.policy.robot import RobotDescription, parse_robot
 
-SCHEMA_VERSION = 1
+if TYPE_CHECKING:
+    from groot_int8_ros.policy.preprocess import Preprocessor
+
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 TOKENIZER_FILE = "tokenizer.json"
 PROCESSOR_FILES = ("processor_config.json", "statistics.json", "embodiment_id.json")
 GRAPH_FOLDER = "onnx"
-
-# Name of each graph and the file that holds it. The first two are the tensor contracts that the
-# community uses for GR00T N1.6; the others are what stands around the diffusion transformer.
-GRAPH_FILES = {
-    "backbone": "backbone_model.onnx",
-    "conditioner": "conditioner.onnx",
-    "action_encoder": "action_encoder.onnx",
-    "dit": "dit_model.onnx",
-    "action_decoder": "action_decoder.onnx",
-}
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -83,19 +85,22 @@ class Manifest:
     Attributes:
         exporter_version: Version of this package that wrote the bundle.
         checkpoint_sha256: Hash over the checkpoint's weight, configuration and processor files.
+        family: Which graphs it holds, one of `families.FAMILIES`.
         embodiment: Embodiment tag of the processor files that the bundle serves.
         robot: Cameras, joints and action period.
         action_horizon: Action tokens that the model runs.
-        denoising_steps: Euler steps at inference.
+        denoising_steps: Euler steps at inference; deployed graphs have them unrolled.
         timestep_buckets: Number of integer time buckets of the flow.
-        graphs: Graph name to its record; see `GRAPH_FILES`.
+        graphs: Graph name to its record; see `families.GRAPH_FILES`.
         files: Path inside the bundle to (SHA-256, size in bytes), for every file but the manifest
             and the reports.
+        prompts: The bank of instructions; present exactly where the graphs are deployed ones.
         notes: What the exporter had to decide and the user should know.
     """
 
     exporter_version: str
     checkpoint_sha256: str
+    family: str
     embodiment: str
     robot: RobotDescription
     action_horizon: int
@@ -103,7 +108,18 @@ class Manifest:
     timestep_buckets: int
     graphs: Mapping[str, GraphRecord]
     files: Mapping[str, tuple[str, int]]
+    prompts: PromptRecords | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def engine_graphs(self) -> tuple[str, ...]:
+        """Names of the graphs that an engine runs, in the order of the runs."""
+        return engine_graphs(self.family)
+
+    @property
+    def has_prefix_model(self) -> bool:
+        """Whether the prefix of a new instruction can be computed with the bundle alone."""
+        return PREFIX_GRAPH in self.graphs
 
     def to_json(self) -> str:
         """Return the manifest as it stands in `manifest.json`."""
@@ -111,6 +127,7 @@ class Manifest:
             "schema_version": SCHEMA_VERSION,
             "exporter_version": self.exporter_version,
             "checkpoint_sha256": self.checkpoint_sha256,
+            "family": self.family,
             "embodiment": self.embodiment,
             "robot": self.robot.to_dict(),
             "action_horizon": self.action_horizon,
@@ -121,6 +138,7 @@ class Manifest:
                 name: {"sha256": sha256, "bytes": size}
                 for name, (sha256, size) in self.files.items()
             },
+            **({} if self.prompts is None else {"prompts": self.prompts.to_dict()}),
             "notes": list(self.notes),
         }
         return json.dumps(content, indent=2) + "\n"
@@ -141,13 +159,25 @@ class Bundle:
     processor: Processor
 
     def graph_path(self, name: str) -> Path:
-        """Return the file of a graph in `GRAPH_FILES`."""
+        """Return the file of one of the manifest's graphs."""
         return self.folder / self.manifest.graphs[name].file
 
     @property
     def tokenizer_path(self) -> Path:
         """The tokenizer's file."""
         return self.folder / TOKENIZER_FILE
+
+    def preprocessor(self) -> Preprocessor:
+        """Return the observation chain of the bundle's cameras and tokenizer.
+
+        Raises:
+            ProcessorError: The tokenizer is of another model, or the cameras do not fit together.
+        """
+        # Here, because it brings OpenCV: a machine that only builds engines does without.
+        from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
+
+        tokenizer = PromptTokenizer.from_file(self.tokenizer_path)
+        return Preprocessor(self.processor, tokenizer, self.manifest.robot.cameras)
 
     def check_engine(self, name: str, engine: Engine) -> None:
         """Refuse an engine whose inputs or outputs are not those of the graph's record.
@@ -188,6 +218,7 @@ def open_bundle(folder: Path, *, verify_hashes: bool = True) -> Bundle:
     processor = load_processor(folder, manifest.embodiment)
     bundle = Bundle(folder=folder, manifest=manifest, processor=processor)
     _check_robot(bundle)
+    _check_deployed(bundle)
     return bundle
 
 
@@ -237,7 +268,10 @@ def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
         name: _graph_from_dict(_as_object(record, f"graphs.{name}"), f"graphs.{name}.")
         for name, record in _object(content, "graphs").items()
     }
-    missing = [name for name in GRAPH_FILES if name not in graphs]
+    family = _text(content, "family")
+    if family not in FAMILIES:
+        raise _not_expected("family", f"one of {', '.join(FAMILIES)}", family)
+    missing = [name for name in engine_graphs(family) if name not in graphs]
     if missing:
         raise _FieldError(f"it lists no graph {missing[0]!r}")
     for name, graph in graphs.items():
@@ -246,12 +280,14 @@ def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
     for name in (TOKENIZER_FILE, *PROCESSOR_FILES[:2]):
         if name not in files:
             raise _FieldError(f"it does not list {name}")
+    prompts = _prompts_from_dict(content, files, family, has_model=PREFIX_GRAPH in graphs)
     notes = _field(content, "notes")
     if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
         raise _not_expected("notes", "a list of texts", notes)
     return Manifest(
         exporter_version=_text(content, "exporter_version"),
         checkpoint_sha256=_text(content, "checkpoint_sha256"),
+        family=family,
         embodiment=_text(content, "embodiment"),
         robot=parse_robot(_field(content, "robot"), f"{source}: robot"),
         action_horizon=_count(content, "action_horizon"),
@@ -259,8 +295,31 @@ def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
         timestep_buckets=_count(content, "timestep_buckets"),
         graphs=graphs,
         files=files,
+        prompts=prompts,
         notes=tuple(notes),
     )
+
+
+def _prompts_from_dict(
+    content: Mapping[str, Any], files: Mapping[str, object], family: str, *, has_model: bool
+) -> PromptRecords | None:
+    if ("prompts" in content) != (family == DEPLOYED):
+        raise _FieldError("prompts: deployed graphs, and no others, have a bank of instructions")
+    if family != DEPLOYED:
+        return None
+    try:
+        prompts = parse_prompts(_object(content, "prompts"))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = f"it has no field {error}" if isinstance(error, KeyError) else str(error)
+        raise _FieldError(f"prompts: {reason}") from error
+    for record in prompts.instructions:
+        if record.file not in files:
+            raise _FieldError(
+                f"the prefix of {record.text!r:.80} lies in {record.file}, which is not listed"
+            )
+    if not prompts.instructions and not has_model:
+        raise _FieldError("prompts: there is neither an instruction nor a prefix model")
+    return prompts
 
 
 def _refuse_outside(name: str) -> None:
@@ -400,4 +459,22 @@ def _check_robot(bundle: Bundle) -> None:
         raise BundleError(
             f"{bundle.folder / MANIFEST_FILE}: cameras and joints {found} do not fit the "
             f"processor files' {wanted}. " + _EXPORT_AGAIN.format(folder=bundle.folder)
+        )
+
+
+def _check_deployed(bundle: Bundle) -> None:
+    manifest, processor = bundle.manifest, bundle.processor
+    if manifest.prompts is None:
+        return
+    fault = deployed_fault(
+        manifest.graphs,
+        manifest.robot.cameras,
+        prefix_length=manifest.prompts.length,
+        action_shape=(manifest.action_horizon, processor.max_action_dim),
+        state_dim=processor.max_state_dim,
+    )
+    if fault:
+        raise BundleError(
+            f"{bundle.folder / MANIFEST_FILE}: {fault}. "
+            + _EXPORT_AGAIN.format(folder=bundle.folder)
         )

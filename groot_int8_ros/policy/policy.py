@@ -1,34 +1,40 @@
-"""From an observation to an action chunk: the one place where the graphs are run in order.
+"""From an observation to an action chunk, whichever family of graphs the bundle has.
 
-Owns: `Policy` and the noise of the flow. Must not import ROS or torch: the node, a notebook, the
+Owns: `Policy` and the noise of the flow; the graphs are run in `reference_graphs` and
+`deployed_graphs`. Must not import ROS or torch: the node, a notebook, the
 calibration and the evaluation all run this code.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from groot_int8_ros.errors import ConfigurationError, ObservationError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, Manifest, open_bundle
-from groot_int8_ros.policy.engines import Engine, Tensors, load_engine
-from groot_int8_ros.policy.postprocess import decode_actions
-from groot_int8_ros.policy.preprocess import ModelInputs, Preprocessor, PromptTokenizer
+from groot_int8_ros.policy.bundle import Bundle, Manifest, open_bundle
+from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
+from groot_int8_ros.policy.engines import Engine, load_engine
+from groot_int8_ros.policy.families import DEPLOYED
+from groot_int8_ros.policy.graph_runs import CommittedRows, GraphObserver
+from groot_int8_ros.policy.postprocess import decode_actions, encode_actions
 from groot_int8_ros.policy.processor import Processor
+from groot_int8_ros.policy.prompt_bank import PromptPrefix
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.robot import RobotDescription
-from groot_int8_ros.policy.types import ActionChunk, Float32Array, Observation
+from groot_int8_ros.policy.types import (
+    ActionChunk,
+    CommittedActions,
+    Float32Array,
+    Observation,
+)
 
 DEFAULT_SEED = 0
-
-# Called with a graph's name and its inputs before each run.
-GraphObserver = Callable[[str, Tensors], None]
 
 
 def draw_noise(seed: int, stamp_ns: int, shape: tuple[int, ...]) -> Float32Array:
@@ -61,17 +67,19 @@ class Policy:
 
     Lifecycle: `Policy.load` verifies the bundle and loads every engine; `infer` may be called from
     one thread at a time; `close` frees the engines.
+
+    Attributes:
+        graphs: The bundle's graphs, in whose three stages an inference runs.
     """
 
     def __init__(self, bundle: Bundle, engines: dict[str, Engine]) -> None:
         """Wire a verified bundle to its engines; users call `Policy.load`."""
         self._bundle = bundle
         self._engines = engines
-        self._observer: GraphObserver | None = None
-        self._preprocess = Preprocessor(
-            bundle.processor,
-            PromptTokenizer.from_file(bundle.tokenizer_path),
-            bundle.manifest.robot.cameras,
+        self.graphs: ReferenceGraphs | DeployedGraphs = (
+            DeployedGraphs(bundle, engines)
+            if bundle.manifest.family == DEPLOYED
+            else ReferenceGraphs(bundle, engines)
         )
         self._time_from_start_s = (
             np.array(bundle.processor.delta_indices, np.float64)
@@ -101,20 +109,15 @@ class Policy:
             BundleError: The bundle is missing, damaged or of another schema.
             ProcessorError: Its processor files are wrong.
             EngineError: A graph does not load.
-            ConfigurationError: `denoising_steps` is below 1.
+            ConfigurationError: `denoising_steps` is below 1, or another number than deployed
+                graphs have unrolled.
         """
         opened = open_bundle(bundle, verify_hashes=verify_hashes)
         if denoising_steps is not None:
-            if denoising_steps < 1:
-                raise ConfigurationError(
-                    f"denoising_steps is {denoising_steps}: the flow needs at least one step"
-                )
-            opened = replace(
-                opened, manifest=replace(opened.manifest, denoising_steps=denoising_steps)
-            )
+            opened = _with_steps(opened, denoising_steps)
         engines: dict[str, Engine] = {}
         try:
-            for name in GRAPH_FILES:
+            for name in opened.manifest.engine_graphs:
                 engines[name] = load_engine(
                     engine,
                     opened.graph_path(name),
@@ -148,32 +151,89 @@ class Policy:
         """Shape of the noise: (action horizon, max_action_dim)."""
         return self.manifest.action_horizon, self.processor.max_action_dim
 
+    @property
+    def folder(self) -> Path:
+        """The bundle's folder."""
+        return self._bundle.folder
+
+    @property
+    def instructions(self) -> tuple[str, ...]:
+        """The instructions of the bank; of reference graphs, which need none, empty."""
+        return self.graphs.bank.instructions if isinstance(self.graphs, DeployedGraphs) else ()
+
     def check_instruction(self, instruction: str) -> None:
-        """Raise `ObservationError` if an instruction cannot be used."""
-        self._preprocess.check_instruction(instruction)
+        """Raise if an instruction cannot be used, or not yet.
+
+        Raises:
+            UnknownInstructionError: Its prefix has to be computed first; see `add_prefix`.
+            ObservationError: It cannot be used.
+        """
+        self.graphs.check_instruction(instruction)
+
+    def add_prefix(self, prefix: PromptPrefix) -> None:
+        """Take in the prefix of a new instruction; see `prefix_model`.
+
+        Raises:
+            BundleError: It is of another checkpoint or does not fit the graphs.
+        """
+        assert isinstance(self.graphs, DeployedGraphs)
+        self.graphs.bank.add(prefix)
+
+    def warm_up(self, instruction: str) -> None:
+        """Run every graph once on a made-up observation, so that the first real one is not slow.
+
+        Args:
+            instruction: Whose length and prefix are used if it is known; else one of the bank, or
+                none.
+
+        Raises:
+            EngineError: A graph failed.
+        """
+        observation = Observation(
+            images={
+                camera.key: np.zeros((camera.height, camera.width, 3), np.uint8)
+                for camera in self.robot.cameras
+            },
+            state={
+                key: np.zeros(len(joints), np.float32)
+                for key, joints in self.robot.state_joints.items()
+            },
+            instruction=instruction,
+        )
+        for text in (instruction, *self.instructions, "warm up"):
+            try:
+                self.infer(replace(observation, instruction=text))
+            except ObservationError:
+                continue
+            return
+        assert isinstance(self.graphs, DeployedGraphs)
+        inputs = self.graphs.blank(observation)
+        noise = draw_noise(DEFAULT_SEED, 0, self.noise_shape)
+        self.graphs.actions(inputs, self.graphs.features(inputs), noise)
 
     @contextmanager
     def observed(self, observer: GraphObserver) -> Iterator[None]:
         """Show an observer every graph's inputs while the block runs.
 
         Args:
-            observer: Called before each run of a graph with its name (see `GRAPH_FILES`) and its
+            observer: Called before each run of a graph with its name (see `families`) and its
                 inputs, in the order of the runs. It must not change the arrays, and copies what
                 it keeps: an engine may use its output buffers again.
         """
-        if self._observer is not None:
+        if self.graphs.observer is not None:
             raise RuntimeError("the policy is observed already")
-        self._observer = observer
+        self.graphs.observer = observer
         try:
             yield
         finally:
-            self._observer = None
+            self.graphs.observer = None
 
     def infer(
         self,
         observation: Observation,
         noise: Float32Array | None = None,
         seed: int | None = None,
+        committed: CommittedActions | None = None,
     ) -> ActionChunk:
         """Answer one observation.
 
@@ -182,6 +242,8 @@ class Policy:
             noise: Initial noise of the flow, float32, of `noise_shape`. None draws it from `seed`
                 and the observation's stamp.
             seed: Seed of the noise, `DEFAULT_SEED` if None. May not be given beside `noise`.
+            committed: Rows of the chunk that are executed whatever the answer is; the other rows
+                are made to fit to them.
 
         Returns:
             The chunk in physical units, with the wall time of each stage in seconds:
@@ -195,11 +257,12 @@ class Policy:
         with _timed(timings, "total"):
             noise, used_seed = self._noise(observation, noise, seed)
             with _timed(timings, "preprocess"):
-                inputs = self._preprocess(observation)
+                inputs: Any = self.graphs.preprocess(observation)
+                rows = None if committed is None else self.committed_rows(committed, observation)
             with _timed(timings, "backbone"):
-                features = self.backbone_features(inputs)
+                features: Any = self.graphs.features(inputs)
             with _timed(timings, "action_head"):
-                action_pred = self.denoise(features, inputs.state, noise)
+                action_pred = self.graphs.actions(inputs, features, noise, rows)
             with _timed(timings, "postprocess"):
                 actions = decode_actions(self.processor, action_pred, observation.state)
         return ActionChunk(
@@ -211,78 +274,31 @@ class Policy:
             timings_s=timings,
         )
 
-    def preprocess(self, observation: Observation) -> ModelInputs:
-        """Return the backbone's inputs for an observation; see `Preprocessor`."""
-        return self._preprocess(observation)
-
-    def backbone_features(self, inputs: ModelInputs) -> dict[str, NDArray[Any]]:
-        """Run the backbone.
-
-        Returns:
-            `hidden_states` (1, S, D) floating, `attn_mask` and `image_mask` bool (1, S).
-        """
-        return self._run(
-            "backbone",
-            {
-                "input_ids": inputs.input_ids,
-                "attention_mask": inputs.attention_mask,
-                "pixel_values": inputs.pixel_values,
-            },
-        )
-
-    def denoise(
-        self, features: dict[str, NDArray[Any]], state: Float32Array, noise: Float32Array
-    ) -> Float32Array:
-        """Integrate the flow from noise to normalised actions with Euler steps.
+    def committed_rows(
+        self, committed: CommittedActions, observation: Observation
+    ) -> CommittedRows:
+        """Return committed actions as the graphs take them.
 
         Args:
-            features: What `backbone_features` gave.
-            state: Normalised state, float32, shape (1, max_state_dim).
-            noise: float32, of `noise_shape`.
+            committed: In physical units.
+            observation: The observation that is to be answered.
 
-        Returns:
-            Normalised actions, float32, of `noise_shape`.
+        Raises:
+            ObservationError: They do not fit the policy.
         """
-        condition = self._run(
-            "conditioner", {"hidden_states": features["hidden_states"], "state": state}
-        )
-        steps = self.manifest.denoising_steps
-        actions: Float32Array = noise[None]
-        for step in range(steps):
-            timestep = np.array([int(step / steps * self.manifest.timestep_buckets)], np.int64)
-            encoded = self._run(
-                "action_encoder",
-                {
-                    "state_features": condition["state_features"],
-                    "actions": actions,
-                    "timestep": timestep,
-                },
-            )
-            output = self._run(
-                "dit",
-                {
-                    "sa_embs": encoded["sa_embs"],
-                    "vl_embs": condition["vl_embs"],
-                    "timestep": timestep,
-                    "image_mask": features["image_mask"],
-                    "backbone_attention_mask": features["attn_mask"],
-                },
-            )
-            decoded = self._run("action_decoder", {"dit_output": output["output"]})
-            velocity: Float32Array = decoded["velocity"]
-            actions = actions + velocity / np.float32(steps)
-        action_pred: Float32Array = actions[0]
-        return action_pred
+        horizon, width = self.noise_shape
+        actions = np.zeros((1, horizon, width), np.float32)
+        mask = np.zeros((1, horizon), np.bool_)
+        rows = list(committed.rows)
+        encoded = encode_actions(self.processor, committed, observation.state)
+        actions[0, rows] = encoded
+        mask[0, rows] = True
+        return CommittedRows(actions, mask)
 
     def close(self) -> None:
         """Free the engines; the policy cannot be used afterwards."""
         for engine in self._engines.values():
             engine.close()
-
-    def _run(self, name: str, feeds: Tensors) -> dict[str, NDArray[Any]]:
-        if self._observer is not None:
-            self._observer(name, feeds)
-        return self._engines[name].run(feeds)
 
     def _noise(
         self, observation: Observation, noise: Float32Array | None, seed: int | None
@@ -297,6 +313,18 @@ class Policy:
                 f"the noise must be finite and of shape {self.noise_shape}, not {noise.shape}"
             )
         return noise.astype(np.float32, copy=False), None
+
+
+def _with_steps(bundle: Bundle, steps: int) -> Bundle:
+    own = bundle.manifest.denoising_steps
+    if steps < 1:
+        raise ConfigurationError(f"denoising_steps is {steps}: the flow needs at least one step")
+    if steps != own and bundle.manifest.family == DEPLOYED:
+        raise ConfigurationError(
+            f"denoising_steps is {steps}, and the bundle's graphs have {own} steps unrolled. "
+            f"Leave it at {own}, or export again: groot-int8 export --denoising-steps {steps}"
+        )
+    return replace(bundle, manifest=replace(bundle.manifest, denoising_steps=steps))
 
 
 @contextmanager

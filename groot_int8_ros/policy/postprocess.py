@@ -1,6 +1,7 @@
-"""From the network's normalised answer to targets in the robot's physical units.
+"""From the network's normalised answer to targets in the robot's physical units, and back.
 
-Owns: the inverse of the action normalisation and the step from relative to absolute targets.
+Owns: the inverse of the action normalisation and the step from relative to absolute targets, and
+for rows that are committed already the way back.
 Must not import torch, ROS or an engine: the node, the evaluation and the calibration decode with
 the same few lines. The arithmetic, including where it is float32 and where float64, is that of
 the public Isaac-GR00T processor (commit e29d8fc), so that decoded actions agree to the bit.
@@ -13,10 +14,15 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-from groot_int8_ros.errors import EngineError
+from groot_int8_ros.errors import EngineError, ObservationError
 from groot_int8_ros.policy.preprocess import state_vector
 from groot_int8_ros.policy.processor import ActionKey, Processor
-from groot_int8_ros.policy.types import Float32Array, Float64Array
+from groot_int8_ros.policy.types import (
+    CommittedActions,
+    Float32Array,
+    Float64Array,
+    Int64Array,
+)
 
 
 def decode_actions(
@@ -71,6 +77,95 @@ def decode_actions_float64(
             values = values + reference.astype(np.float64)
         decoded[key.key] = values
     return decoded
+
+
+def encode_actions(
+    processor: Processor, committed: CommittedActions, state: Mapping[str, ArrayLike]
+) -> Float32Array:
+    """Turn committed rows into the network's normalised actions: `decode_actions` backwards.
+
+    What a bounded key cannot express (`decode_actions` clips) is clipped, and a joint that never
+    moved in training, which decodes to one value whatever the network says, becomes 0.
+
+    Args:
+        processor: The embodiment's conventions.
+        committed: Rows of the chunk that is to be computed, in physical units.
+        state: Raw state of the observation that the chunk is decoded against; not that of the
+            chunk which the rows come from.
+
+    Returns:
+        Normalised actions, float32 (M, max_action_dim), zero beyond the action keys as in
+        training.
+
+    Raises:
+        ObservationError: A row is not of the chunk or given twice, a key is missing, misshapen or
+            not finite, or the state of a relative key is.
+    """
+    rows = _rows(processor, committed)
+    encoded = np.zeros((rows.size, processor.max_action_dim), np.float32)
+    start = 0
+    for key in processor.action_keys:
+        values = _physical(key, committed, rows.size)
+        if key.reference_state_key is not None:
+            reference = state_vector(state, key.reference_state_key, key.dim)
+            values = values - reference.astype(np.float64)
+        encoded[:, start : start + key.dim] = _normalise(key, values, rows)
+        start += key.dim
+    return encoded
+
+
+def _rows(processor: Processor, committed: CommittedActions) -> Int64Array:
+    rows = np.array([int(row) for row in committed.rows], np.int64)
+    known = (rows >= 0) & (rows < processor.action_steps)
+    if not known.all() or np.unique(rows).size != rows.size:
+        raise ObservationError(
+            f"the committed rows {rows.tolist()} must be different rows of the coming chunk, from "
+            f"0 to {processor.action_steps - 1}"
+        )
+    return rows
+
+
+def _physical(key: ActionKey, committed: CommittedActions, rows: int) -> Float64Array:
+    if key.key not in committed.actions:
+        raise ObservationError(
+            f"there are no committed actions of '{key.key}' (given are "
+            f"{', '.join(committed.actions) or 'none'}): give the rows of every action key"
+        )
+    values = np.asarray(committed.actions[key.key], np.float64)
+    if values.shape != (rows, key.dim) or not np.isfinite(values).all():
+        raise ObservationError(
+            f"the committed actions of '{key.key}' have shape {values.shape}; they must be finite "
+            f"and of shape ({rows}, {key.dim})"
+        )
+    return values
+
+
+def _normalise(key: ActionKey, values: Float64Array, rows: Int64Array) -> Float32Array:
+    """Invert `_unnormalise` for one key.
+
+    Args:
+        key: Its encoding and statistics.
+        values: float64 (M, D).
+        rows: Row of the chunk of each, which chooses the statistics where each step has its own.
+
+    Returns:
+        float32 (M, D).
+    """
+    if key.encoding == "mean_std":
+        mean, std = _of_rows(key.mean, rows), _of_rows(key.std, rows)
+        varies = std != 0.0
+        scaled = (values - mean) / np.where(varies, std, 1.0)
+        return np.where(varies, scaled, values).astype(np.float32)
+    low = _of_rows(key.low, rows)
+    span = _of_rows(key.high, rows) - low
+    varies = span != 0.0
+    unit = (values - low) / np.where(varies, span, 1.0)
+    return np.where(varies, np.clip(2.0 * unit - 1.0, -1.0, 1.0), 0.0).astype(np.float32)
+
+
+def _of_rows(statistics: Float64Array | None, rows: Int64Array) -> Float64Array:
+    assert statistics is not None
+    return statistics[rows] if statistics.ndim > 1 else statistics
 
 
 def _checked(processor: Processor, action_pred: Float32Array) -> Float32Array:

@@ -561,14 +561,15 @@ class Preprocessor:
                 "Name each of these once, with its frame size."
             )
         self._processor = processor
-        self._cameras = tuple(by_key[key] for key in processor.cameras)
+        self.cameras: tuple[CameraSpec, ...] = tuple(by_key[key] for key in processor.cameras)
+        self.image_token_id = tokenizer.image_token_id
         self._sizes = tuple(
             image_sizes(camera.height, camera.width, processor.image_chain)
-            for camera in self._cameras
+            for camera in self.cameras
         )
         _require_one_network_size(
             (f"camera '{camera.key}'", camera.height, camera.width, sizes)
-            for camera, sizes in zip(self._cameras, self._sizes, strict=True)
+            for camera, sizes in zip(self.cameras, self._sizes, strict=True)
         )
         self.tokens_per_image: tuple[int, ...] = tuple(sizes.tokens for sizes in self._sizes)
 
@@ -584,12 +585,32 @@ class Preprocessor:
         """Height and width of the network's images in pixels."""
         return self._sizes[0].network
 
+    def prompt_ids(self, instruction: str) -> Int64Array:
+        """Return the token ids of the whole prompt, int64 (S,).
+
+        Raises:
+            ObservationError: The instruction cannot be used.
+        """
+        ids: Int64Array = self._encode(instruction)[0][0].copy()
+        return ids
+
     def check_instruction(self, instruction: str) -> None:
         """Raise `ObservationError` if an instruction cannot be used."""
         self._encode(instruction)
 
+    def frames(self, images: Mapping[str, UInt8Array]) -> list[UInt8Array]:
+        """Return the frames in the order of the cameras, checked and not copied.
+
+        Args:
+            images: Camera key to RGB frame, uint8 (height, width, 3).
+
+        Raises:
+            ObservationError: A frame is missing, or of another type or size.
+        """
+        return [self._frame(images, camera) for camera in self.cameras]
+
     def __call__(self, observation: Observation) -> ModelInputs:
-        """Convert one observation.
+        """Convert one observation for graphs that take pixel values and token ids.
 
         Args:
             observation: Frames of every camera, raw state and instruction.
@@ -603,9 +624,8 @@ class Preprocessor:
         """
         state = normalize_state(self._processor, observation.state)
         input_ids, attention_mask = self._encode(observation.instruction)
-        frames = [self._frame(observation.images, camera) for camera in self._cameras]
         return ModelInputs(
-            pixel_values=_pixel_values(frames, self._sizes),
+            pixel_values=_pixel_values(self.frames(observation.images), self._sizes),
             input_ids=input_ids.copy(),
             attention_mask=attention_mask.copy(),
             state=state,
@@ -632,6 +652,7 @@ class Preprocessor:
             raise ObservationError(
                 f"camera '{camera.key}' gives frames of {frame.shape[0]}x{frame.shape[1]} (height "
                 f"x width), the bundle was exported for {camera.height}x{camera.width}. Set the "
-                "camera to that resolution or export again for the new one."
+                "camera to that resolution, or export again for the new one: groot-int8 export "
+                "with --robot or --dataset that say so."
             )
         return frame

@@ -1,13 +1,13 @@
-"""The two values that cross the policy's boundary: an observation in, an action chunk out.
+"""The values that cross the policy's boundary: an observation in, an action chunk out.
 
-Owns: `Observation`, `ActionChunk` and the robot description (`CameraSpec`, `JointSpec`).
-Must not import ROS, torch or any engine: a notebook, a test or another middleware uses the same
-values as the node.
+Owns: `Observation`, `CommittedActions`, `ActionChunk` and the robot description (`CameraSpec`,
+`JointSpec`). Must not import ROS, torch or any engine: a notebook, a test or another middleware
+uses the same values as the node.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -74,6 +74,22 @@ class Observation:
     state: Mapping[str, Float32Array]
     instruction: str
     stamp_ns: int = 0
+
+
+@dataclass(frozen=True)
+class CommittedActions:
+    """Rows of the coming chunk that the robot executes whatever the policy answers.
+
+    Real-time chunking (Black et al., arXiv 2506.07339): while a chunk is computed the robot goes
+    on with the last one, so the first rows of the new chunk are given and the others have to fit.
+
+    Attributes:
+        rows: Which rows of the new chunk, from 0, each once; shape (M,).
+        actions: Action key to these rows in physical units, float32, shape (M, D).
+    """
+
+    rows: Sequence[int]
+    actions: Mapping[str, Float32Array]
 
 
 @dataclass(frozen=True)

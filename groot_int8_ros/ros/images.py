@@ -214,7 +214,7 @@ def _check_size(found: tuple[int, int], wanted: tuple[int, int], where: str) -> 
         raise ObservationError(
             f"{where}: {found[1]}x{found[0]} pixels, but the bundle was exported for "
             f"{wanted[1]}x{wanted[0]}; set the driver to that size, or export the bundle again "
-            "with this one."
+            "with this one (groot-int8 export, with --robot or --dataset that say so)."
         )
 
 

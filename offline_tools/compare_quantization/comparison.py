@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from groot_int8_ros.errors import QuantizationError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle
+from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines import Engine, load_engine
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import Float32Array, Observation
@@ -223,7 +223,7 @@ def _policy(bundle: Bundle, graphs: Mapping[str, Path], threads: int | None) -> 
     """Return a bundle's policy with some of its graphs replaced."""
     engines: dict[str, Engine] = {}
     try:
-        for name in GRAPH_FILES:
+        for name in bundle.manifest.engine_graphs:
             path = graphs.get(name, bundle.graph_path(name))
             engines[name] = load_engine("onnxruntime", path, threads=threads)
             bundle.check_engine(name, engines[name])

@@ -21,6 +21,7 @@ from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.preprocess import ModelInputs
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Float32Array, Observation, UInt8Array
 from offline_tools.dataset.lerobot import LeRobotDataset
 
@@ -67,14 +68,16 @@ def answer(policy: Policy, observations: Sequence[Observation], seed: int) -> An
         if graph in feeds:
             feeds[graph].append(dict(given))
 
+    graphs = policy.graphs
+    assert isinstance(graphs, ReferenceGraphs)
     inputs, noises, predictions = [], [], []
     with policy.observed(keep):
         for observation in observations:
-            one = policy.preprocess(observation)
+            one = graphs.preprocess(observation)
             noise = draw_noise(seed, observation.stamp_ns, policy.noise_shape)
             inputs.append(one)
             noises.append(noise)
-            predictions.append(policy.denoise(policy.backbone_features(one), one.state, noise))
+            predictions.append(graphs.actions(one, graphs.features(one), noise))
     return Answers(tuple(observations), tuple(inputs), tuple(noises), tuple(predictions), feeds)
 
 

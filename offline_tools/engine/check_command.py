@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from groot_int8_ros.policy.bundle import GRAPH_FILES, open_bundle
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import open_bundle
 from offline_tools.engine.profiles import lengths_of
 from offline_tools.engine.rtx import check_build
 
@@ -19,7 +20,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--graph",
         action="append",
-        choices=list(GRAPH_FILES),
         help="check this graph alone; may be given several times",
     )
 
@@ -29,9 +29,15 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     largest = {axis: length for axis, (_, _, length) in lengths_of(bundle).axes.items()}
     print(f"{'graph':16}{'precision':>10}{'layers':>8}{'engine MB':>11}{'seconds':>9}")
-    for name, record in bundle.manifest.graphs.items():
-        if args.graph and name not in args.graph:
-            continue
+    # Not the prefix model, which no engine runs.
+    known = bundle.manifest.engine_graphs
+    unknown = set(args.graph or ()) - set(known)
+    if unknown:
+        raise ConfigurationError(
+            f"--graph {min(unknown)}: the bundle's engines are of {', '.join(known)}"
+        )
+    for name in args.graph or known:
+        record = bundle.manifest.graphs[name]
         result = check_build(bundle.graph_path(name), record, largest)
         print(
             f"{name:16}{record.precision:>10}{result.layers:>8}"

@@ -16,7 +16,7 @@ from typing import Any
 
 from groot_int8_ros.capture.store import CAPTURED_GRAPHS, INDEX_FILE, CaptureStore
 from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, GraphRecord, open_bundle
+from groot_int8_ros.policy.bundle import Bundle, GraphRecord, open_bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
 from groot_int8_ros.policy.engines.tensorrt_engine import make_logger
@@ -26,6 +26,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineTensor,
     engine_folder,
 )
+from groot_int8_ros.policy.families import REFERENCE, engine_graphs
 from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.builder import (
     BuilderSettings,
@@ -56,6 +57,9 @@ CALIBRATION_FOLDER = "calibration"
 # A board whose 16 GB are shared with the CPU: scratch memory and kernel trials that leave room
 # for the weights, and the level below the default one, which tries fewer kernels.
 LOW_MEMORY = BuilderSettings(workspace_mb=256, tactic_mb=1024, level=2)
+
+# What stands around the reference family's two large graphs.
+_FLOAT32_GRAPHS = frozenset(engine_graphs(REFERENCE)) - frozenset(CAPTURED_GRAPHS)
 
 
 @dataclass(frozen=True)
@@ -335,11 +339,12 @@ def wanted_layers(graph: Path, record: GraphRecord) -> dict[str, Precision]:
 def _plan(
     bundle: Bundle, options: BuildOptions, library: Library, device: Device
 ) -> list[EngineJob]:
-    names = options.graphs or tuple(bundle.manifest.graphs)
-    unknown = [name for name in names if name not in bundle.manifest.graphs]
+    known = bundle.manifest.engine_graphs
+    names = options.graphs or known
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ConfigurationError(
-            f"the bundle has no graph {unknown[0]!r}; it has {', '.join(bundle.manifest.graphs)}"
+            f"the bundle has no graph {unknown[0]!r} for an engine; it has {', '.join(known)}"
         )
     if options.quantization == "calibrator" and options.precision not in (None, "int8"):
         raise ConfigurationError(
@@ -395,7 +400,7 @@ def _plan(
 def _precision_of(name: str, record: GraphRecord, options: BuildOptions) -> tuple[str, str]:
     own = "qdq" if record.precision == "int8" else "none"
     # The small graphs carry the actions themselves and stay in float32, whatever is asked for.
-    if name in GRAPH_FILES and name not in CAPTURED_GRAPHS:
+    if name in _FLOAT32_GRAPHS:
         return record.precision, own
     if options.quantization == "calibrator":
         return "int8", "calibrator"

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.capture.store import CAPTURED_GRAPHS, CaptureStore
 from groot_int8_ros.errors import ConfigurationError, GrootError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, open_bundle
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> int:
         temporary.write_text(
             json.dumps({"engines": rows, "policies": policies}, indent=2) + "\n", encoding="utf-8"
         )
-    wanted = len(variants) * len(graphs) + len(args.policy) * (len(GRAPH_FILES) - len(graphs))
+    others = len(_all_graphs(variants[0])) - len(graphs)
+    wanted = len(variants) * len(graphs) + len(args.policy) * others
     complete = len(built) == wanted
     complete = complete and len(policies) == len(args.policy)
     return int(not complete or any(row["against_own_graph"] is None for row in rows))
@@ -154,10 +155,14 @@ def _build(
     jobs = [
         (variant, graph)
         for variant in variants
-        for graph in (GRAPH_FILES if variant.name in whole else graphs)
+        for graph in (_all_graphs(variant) if variant.name in whole else graphs)
     ]
     with ThreadPoolExecutor(parallel) as pool:
         return {done for done in pool.map(one, jobs) if done is not None}
+
+
+def _all_graphs(variant: Variant) -> tuple[str, ...]:
+    return open_bundle(variant.bundle, verify_hashes=False).manifest.engine_graphs
 
 
 def _measure(

@@ -56,10 +56,11 @@ def torch_answers(
     refuse_other_checkpoint(bundle, checkpoint, reader)
     steps = denoising_steps or bundle.manifest.denoising_steps
     policy = Policy(bundle, {})
+    preprocess = bundle.preprocessor()
     inputs, noise = [], []
     for trajectory in trajectories:
         for observation in trajectory.observations():
-            inputs.append(policy.preprocess(observation))
+            inputs.append(preprocess(observation))
             noise.append(draw_noise(seed, observation.stamp_ns, policy.noise_shape))
     embodiment = bundle.processor.embodiment_id
     heads = run_action_head(

@@ -23,7 +23,6 @@ from groot_int8_ros.errors import (
     OutputError,
 )
 from groot_int8_ros.policy.bundle import (
-    GRAPH_FILES,
     GRAPH_FOLDER,
     MANIFEST_FILE,
     PROCESSOR_FILES,
@@ -32,6 +31,7 @@ from groot_int8_ros.policy.bundle import (
     Manifest,
 )
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.families import GRAPH_FILES, REFERENCE
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor, load_processor
@@ -139,6 +139,7 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         manifest = Manifest(
             exporter_version=__version__,
             checkpoint_sha256=checkpoint_hash(options.checkpoint, reader),
+            family=REFERENCE,
             embodiment=processor.embodiment_tag,
             robot=robot,
             action_horizon=config.action_horizon,
@@ -214,7 +215,7 @@ def _write_graph(
 ) -> GraphRecord:
     report(f"{name}: tracing")
     model = trace(graph.spec, graph.weights)
-    path = folder / GRAPH_FOLDER / GRAPH_FILES[name]
+    path = folder / GRAPH_FOLDER / GRAPH_FILES[REFERENCE][name]
     path.parent.mkdir(exist_ok=True)
     report(f"{name}: writing weights")
     save(model, path)

@@ -71,7 +71,7 @@ def reference_graphs(
     image_shape: tuple[int, int],
     precision: str,
 ) -> dict[str, ReferenceGraph]:
-    """Describe the five graphs of a bundle, by the names of `bundle.GRAPH_FILES`.
+    """Describe the five graphs of a bundle, by the names of `families.GRAPH_FILES`.
 
     Args:
         config: Sizes of the model.

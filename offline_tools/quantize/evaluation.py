@@ -17,13 +17,13 @@ import numpy as np
 
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.errors import QuantizationError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle
+from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines import Engine
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.preprocess import ModelInputs
 from groot_int8_ros.policy.processor import Processor
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Float32Array, Float64Array
 
 Features = list[dict[str, np.ndarray]]
@@ -101,12 +101,12 @@ class ActionRunner:
     def features(self, backbone: Path | None = None) -> Features:
         """Run a backbone, the bundle's own if None, and return its outputs for each sample."""
         engine = self._engine("backbone", backbone)
-        policy = Policy(self._bundle, {"backbone": engine})
+        graphs = ReferenceGraphs(self._bundle, {"backbone": engine})
         found = []
         for sample in self._samples:
             assert sample.backbone is not None
-            found.append(policy.backbone_features(_model_inputs(sample)))
-        policy.close()
+            found.append(graphs.features(_model_inputs(sample)))
+        engine.close()
         return found
 
     def actions(self, features: Features, dit: Path | None = None) -> list[Float32Array]:
@@ -121,16 +121,16 @@ class ActionRunner:
         """
         engines = {
             name: self._engine(name, dit if name == "dit" else None)
-            for name in GRAPH_FILES
+            for name in self._bundle.manifest.engine_graphs
             if name != "backbone"
         }
-        policy = Policy(self._bundle, engines)
+        graphs = ReferenceGraphs(self._bundle, engines)
         found = []
         for sample, one in zip(self._samples, features, strict=True):
-            assert sample.normalised_state is not None
             assert sample.noise is not None
-            found.append(policy.denoise(one, sample.normalised_state[None], sample.noise))
-        policy.close()
+            found.append(graphs.actions(_model_inputs(sample), one, sample.noise))
+        for loaded in engines.values():
+            loaded.close()
         return found
 
     def compare(

@@ -20,7 +20,6 @@ from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import BundleError, OutputError, QuantizationError
 from groot_int8_ros.policy.bundle import (
-    GRAPH_FILES,
     MANIFEST_FILE,
     Bundle,
     GraphRecord,
@@ -188,6 +187,10 @@ class _Job:
         self._report = report
         self._statistics: dict[str, GraphStatistics] = {}
         self._cache_scales: dict[str, Mapping[str, float]] = {}
+
+    def file_name(self, graph: str) -> str:
+        """Return the name of a graph's file without its folder."""
+        return self._bundle.graph_path(graph).name
 
     def run(self) -> QuantizeResult:
         self._collect()
@@ -439,7 +442,7 @@ class _Candidates:
             if plan == self._plans[graph]:
                 continue
             self._plans[graph] = plan
-            path = self._folder / GRAPH_FILES[graph]
+            path = self._folder / self._job.file_name(graph)
             if plan:
                 self._job.write_graph(graph, plan, path)
                 self.paths[graph] = path

@@ -16,6 +16,7 @@ from groot_int8_ros.policy.engines import Engine
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.preprocess import ModelInputs
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Float32Array, Observation
 from offline_tools.export.bundle_writer import checkpoint_hash
 from offline_tools.model.checkpoint import CheckpointReader
@@ -55,11 +56,13 @@ def verify_bundle(
     reader = CheckpointReader(checkpoint)
     refuse_other_checkpoint(bundle, checkpoint, reader)
     policy = Policy.load(bundle.folder, verify_hashes=False)
-    inputs = [policy.preprocess(observation) for observation in observations]
+    graphs = policy.graphs
+    assert isinstance(graphs, ReferenceGraphs)
+    inputs = [graphs.preprocess(observation) for observation in observations]
     noise = [draw_noise(0, index, policy.noise_shape) for index in range(len(inputs))]
     # Not `infer`, which refuses values that are not finite: here they are what is looked for.
     ended = [
-        policy.denoise(policy.backbone_features(one), one.state, start)
+        graphs.actions(one, graphs.features(one), start)
         for one, start in zip(inputs, noise, strict=True)
     ]
     policy.close()

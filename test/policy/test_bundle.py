@@ -77,11 +77,11 @@ _DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "manifest a list": (
         lambda b: (b / "manifest.json").write_text("[]"),
-        "has schema version None, and groot_int8_ros .* reads 1",
+        "has schema version None, and groot_int8_ros .* reads 2",
     ),
-    "newer schema": (
-        lambda b: _edit(b, lambda m: m.update(schema_version=2)),
-        "has schema version 2, and groot_int8_ros .* reads 1",
+    "older schema": (
+        lambda b: _edit(b, lambda m: m.update(schema_version=1)),
+        "has schema version 1, and groot_int8_ros .* reads 2",
     ),
     "tokenizer missing": (
         lambda b: (b / "tokenizer.json").unlink(),

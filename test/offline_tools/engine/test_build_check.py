@@ -12,8 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.bundle import GRAPH_FILES, GraphRecord
+from groot_int8_ros.policy.bundle import GraphRecord
 from groot_int8_ros.policy.engines import TensorSpec
+from groot_int8_ros.policy.families import engine_graphs
 from offline_tools.cli import main
 from offline_tools.engine.rtx import check_build
 
@@ -34,7 +35,7 @@ def test_every_exported_graph_is_parsed_and_built(
     bundle: Path = request.getfixturevalue(fixture)
     assert main(["build-check", "--bundle", str(bundle)]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(rows) == set(GRAPH_FILES)
+    assert set(rows) == set(engine_graphs("reference"))
     precision = {"tiny_bundle": "fp32", "fp16_bundle": "fp16"}[fixture]
     assert rows["backbone"][1] == rows["dit"][1] == precision
     # A graph that was folded away would pass as well.

@@ -16,9 +16,11 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto
 
-from groot_int8_ros.policy.bundle import GRAPH_FILES, Bundle, open_bundle
+from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.families import GRAPH_FILES, REFERENCE
 from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Observation
 from offline_tools.model.checkpoint import expected_keys
 from offline_tools.model.configuration import load_model_config
@@ -49,7 +51,7 @@ def bundle(request: pytest.FixtureRequest) -> Bundle:
     return open_bundle(request.getfixturevalue(name), verify_hashes=False)
 
 
-@pytest.fixture(params=GRAPH_FILES)
+@pytest.fixture(params=GRAPH_FILES[REFERENCE])
 def graph_name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
@@ -200,7 +202,7 @@ def test_half_precision_graphs_hold_half_precision_weights(fp16_bundle: Path) ->
         wanted = TensorProto.FLOAT16 if name in ("backbone", "dit") else TensorProto.FLOAT
         assert record.precision == ("fp16" if name in ("backbone", "dit") else "fp32")
         assert {tensor.data_type for tensor in large} == {wanted}, name
-    weights = "onnx/{}.data".format(GRAPH_FILES["dit"])
+    weights = "onnx/{}.data".format(GRAPH_FILES[REFERENCE]["dit"])
     count = sum(
         int(np.prod(shape))
         for key, shape in expected_keys(
@@ -251,15 +253,20 @@ def _pad_left(rows: list[NDArray[Any]], value: int) -> NDArray[Any]:
 def test_batch_of_different_lengths_gives_each_row_what_it_gets_alone(tiny_bundle: Path) -> None:
     policy = Policy.load(tiny_bundle, threads=2)
     bundle = open_bundle(tiny_bundle, verify_hashes=False)
-    engines = {name: OnnxRuntimeEngine(bundle.graph_path(name), threads=2) for name in GRAPH_FILES}
+    engines = {
+        name: OnnxRuntimeEngine(bundle.graph_path(name), threads=2)
+        for name in bundle.manifest.engine_graphs
+    }
+    graphs = policy.graphs
+    assert isinstance(graphs, ReferenceGraphs)
     inputs = [
-        policy.preprocess(_observation(policy, "stop", 1)),
-        policy.preprocess(_observation(policy, "put the red cube into the green bowl", 2)),
+        graphs.preprocess(_observation(policy, "stop", 1)),
+        graphs.preprocess(_observation(policy, "put the red cube into the green bowl", 2)),
     ]
     lengths = [one.input_ids.shape[1] for one in inputs]
     assert lengths[0] < lengths[1]
 
-    alone = [policy.backbone_features(one) for one in inputs]
+    alone = [graphs.features(one) for one in inputs]
     together = engines["backbone"].run(
         {
             "input_ids": _pad_left([one.input_ids for one in inputs], 0),
@@ -280,7 +287,7 @@ def test_batch_of_different_lengths_gives_each_row_what_it_gets_alone(tiny_bundl
     random = np.random.RandomState(3)
     noise = random.standard_normal((2, *policy.noise_shape)).astype(np.float32)
     expected = [
-        policy.denoise(features, one.state, start)
+        graphs.actions(one, features, start)
         for features, one, start in zip(alone, inputs, noise, strict=True)
     ]
     found = _denoise(

@@ -81,6 +81,7 @@ def test_the_recorded_error_is_what_the_policy_shows(
     auto: Path, fp16_bundle: Path, store: Path
 ) -> None:
     from groot_int8_ros.policy.preprocess import ModelInputs
+    from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 
     held_out = CalibrationSet(CaptureStore.open(store)).split.held_out
     samples = [one for i, one in enumerate(CaptureStore.open(store).samples()) if i in held_out]
@@ -98,8 +99,9 @@ def test_the_recorded_error_is_what_the_policy_shows(
                 attention_mask=sample.backbone.attention_mask[None],
                 state=sample.normalised_state[None],
             )
-            features = policy.backbone_features(inputs)
-            answers.append(policy.denoise(features, inputs.state, sample.noise))
+            graphs = policy.graphs
+            assert isinstance(graphs, ReferenceGraphs)
+            answers.append(graphs.actions(inputs, graphs.features(inputs), sample.noise))
         used = sum(key.dim for key in policy.processor.action_keys)
         policy.close()
     half = len(samples)
