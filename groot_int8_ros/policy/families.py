@@ -37,8 +37,8 @@ from groot_int8_ros.policy.types import CameraSpec
 REFERENCE = "reference"
 DEPLOYED = "deployed"
 
-# Computes the prefix of a new instruction on the CPU and never becomes an engine; a deployed bundle
-# may lack it.
+# Computes the prefix of a new instruction on the CPU and never becomes an engine; a deployed
+# bundle may lack it.
 PREFIX_GRAPH = "prefix"
 
 # Family to its graphs in the order in which they run, each with the file that holds it.
