@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from groot_int8_ros.errors import ConfigurationError, EngineError
@@ -29,6 +30,7 @@ from offline_tools.quantize.graph_audit import audit_graph
 from offline_tools.quantize.layers import load_graph
 
 _TIMED_RUNS = 20
+_SLOWEST = 15
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -44,7 +46,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--time",
         action="store_true",
-        help="load each engine here, on the GPU it was built for, and time its layers",
+        help="load each engine here, on the GPU it was built for, and time its layers; with --all "
+        "every one of them is listed",
     )
     parser.add_argument(
         "--kernels",
@@ -57,7 +60,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="load --engine, run it once and end: for the profiler that lists --kernels",
     )
-    parser.add_argument("--all", action="store_true", help="list every layer, not the wrong ones")
+    parser.add_argument(
+        "--all",
+        action="store_true",
+        help="list every layer, not the wrong ones, and what an engine fused into each of its own",
+    )
     parser.add_argument("--json", type=Path, help="write the verdicts to this file too")
 
 
@@ -76,13 +83,19 @@ def run(args: argparse.Namespace) -> int:
             for name, record in bundle.manifest.graphs.items()
         }
         print("what the ONNX graphs say (an engine may still differ: --engines)")
+        for name, verdicts in found.items():
+            _print(name, verdicts, list_all=args.all)
     else:
         ran = [] if args.kernels is None else read_kernels(_text(args.kernels))
-        found = {
-            path.stem: _audit_engine(bundle, path, ran, time=args.time) for path in _engines(args)
-        }
-    for name, verdicts in found.items():
-        _print(name, verdicts, list_all=args.all)
+        found = {}
+        for path in _engines(args):
+            audit = _audit_engine(bundle, path, ran, time=args.time)
+            found[path.stem] = audit.verdicts
+            if args.all or args.time:
+                _print_layers(path.stem, audit, list_all=args.all)
+            _print(path.stem, audit.verdicts, list_all=args.all)
+            if audit.calibrated:
+                print(_what_a_calibrator_gave(path.stem, audit.verdicts))
     if args.json is not None:
         _write(args.json, found)
     return int(any(verdict.failed for verdicts in found.values() for verdict in verdicts))
@@ -111,9 +124,24 @@ def _text(path: Path) -> str:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
 
-def _audit_engine(
-    bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool
-) -> list[LayerVerdict]:
+@dataclass(frozen=True)
+class _EngineAudit:
+    """What one engine's audit found.
+
+    Attributes:
+        verdicts: Of each layer of the graph.
+        layers: The engine's own layers.
+        times_ms: Engine layer to its time, where it was measured.
+        calibrated: Whether INT8 was asked of TensorRT's calibrator.
+    """
+
+    verdicts: list[LayerVerdict]
+    layers: list[EngineLayer]
+    times_ms: dict[str, float]
+    calibrated: bool
+
+
+def _audit_engine(bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool) -> _EngineAudit:
     manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
     if not path.is_file() or sha256_of_file(path) != manifest.engine_sha256:
         raise EngineError(
@@ -130,17 +158,21 @@ def _audit_engine(
             f"{path} was built from another {manifest.graph} than the bundle has now. Build it "
             f"again: {rebuild_command(bundle.folder, manifest.build_options)}"
         )
-    layers = _layers(bundle, path, time=time)
+    layers, times_ms = _layers(bundle, path, time=time)
+    calibrated = manifest.quantization == "calibrator"
     wanted = {
-        verdict.layer: Precision.INT8 if manifest.quantization == "calibrator" else verdict.wanted
+        verdict.layer: Precision.INT8 if calibrated else verdict.wanted
         for verdict in audit_graph(bundle.folder / record.file, record.quantization)
     }
     products = count_products(bundle.folder / record.file)
     asked = sum(precision is Precision.INT8 for precision in wanted.values())
-    return judge(layers, wanted, ran, products - asked)
+    verdicts = judge(layers, wanted, ran, products - asked)
+    return _EngineAudit(verdicts, layers, times_ms, calibrated)
 
 
-def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
+def _layers(
+    bundle: Bundle, path: Path, *, time: bool
+) -> tuple[list[EngineLayer], dict[str, float]]:
     recorded = path.with_name(path.stem + LAYERS_SUFFIX)
     if not time:
         if not recorded.is_file():
@@ -148,20 +180,43 @@ def _layers(bundle: Bundle, path: Path, *, time: bool) -> list[EngineLayer]:
                 f"{recorded} is missing: nobody asked TensorRT about this engine when it was "
                 "built. Use --time on the device it was built for."
             )
-        return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded))
+        return parse_inspection(recorded.read_text(encoding="utf-8"), str(recorded)), {}
     engine = TensorRTEngine(_graph(bundle, path), use_cuda_graph=False)
     try:
         layers = parse_inspection(engine.inspect(), str(path))
-        times = engine.layer_times_ms(_TIMED_RUNS)
+        return layers, engine.layer_times_ms(_TIMED_RUNS)
     finally:
         engine.close()
-    by_name = {layer.name: layer for layer in layers}
-    print(f"{path.stem}: slowest layers, ms (TensorRT waits after each, so their sum is more)")
-    for name, milliseconds in sorted(times.items(), key=lambda item: -item[1])[:15]:
-        layer = by_name.get(name)
-        kind = layer.kind if layer else ""
-        print(f"  {milliseconds:9.4f}  {kind:16} {name[:60]:60} {layer.kernel if layer else ''}")
-    return layers
+
+
+def _print_layers(name: str, audit: _EngineAudit, *, list_all: bool) -> None:
+    """Print the engine's own layers, the slowest first where they were timed."""
+    layers = sorted(audit.layers, key=lambda layer: -audit.times_ms.get(layer.name, 0.0))
+    shown = layers if list_all else layers[:_SLOWEST]
+    print(
+        f"{name}: {len(shown)} of {len(layers)} layers of the engine"
+        + (", ms (TensorRT waits after each: their sum is more)" if audit.times_ms else "")
+    )
+    for layer in shown:
+        time_ms = audit.times_ms.get(layer.name)
+        print(
+            f"  {'' if time_ms is None else f'{time_ms:.4f}':>9}  {layer.precision.value:7} "
+            f"{layer.kind:16} {layer.name[:60]:60} {layer.kernel}"
+        )
+        if list_all and len(layer.nodes) > 1:
+            print(f"{'':11} fused: {', '.join(layer.nodes)}")
+
+
+def _what_a_calibrator_gave(name: str, verdicts: Sequence[LayerVerdict]) -> str:
+    """Say plainly what became of INT8 that was asked of TensorRT's calibrator."""
+    counts = count(verdicts)
+    return (
+        f"{name}: TensorRT's calibrator was asked for INT8. Known to be INT8: "
+        f"{counts[Precision.INT8]} of {len(verdicts)} layers; floating: "
+        f"{counts[Precision.FLOAT]}; not known: {counts[Precision.UNKNOWN]}. Calibration allows "
+        "INT8 and does not demand it, and little is what it gives a transformer: for INT8 that is "
+        "there use groot-int8 quantize and build --quantization qdq"
+    )
 
 
 def _graph(bundle: Bundle, engine: Path) -> Path:
@@ -196,6 +251,7 @@ def _write(path: Path, found: dict[str, list[LayerVerdict]]) -> None:
                 "wanted": verdict.wanted.value,
                 "verdict": verdict.verdict.value,
                 "evidence": verdict.evidence,
+                "fused": verdict.fused,
             }
             for verdict in verdicts
         ]

@@ -184,7 +184,7 @@ def build_plan(
             calibrator, result = _calibrate(builder, config, network, build, varying, library)
             config.int8_calibrator = calibrator
         if timing_cache is not None and not library.is_rtx:
-            config.set_timing_cache(config.create_timing_cache(timing_cache), False)
+            flags += use_timing_cache(config, timing_cache)
         plan = _build(builder, network, config, library, build.graph.stem, show_progress)
         if result is not None and build.calibration is not None:
             result.check(build.calibration.batches)
@@ -450,6 +450,24 @@ def _build(
             return builder.build_serialized_network(network, config)
         finally:
             monitor.close()
+
+
+def use_timing_cache(config: Any, content: bytes) -> list[str]:
+    """Give a build the kernels that were measured before; without, if they are not for it.
+
+    Args:
+        config: TensorRT's builder configuration.
+        content: What an earlier build returned; empty for none.
+
+    Returns:
+        What is to be said about it.
+    """
+    cache = config.create_timing_cache(content)
+    # Nothing comes back for a damaged one, and one of another device or version is not taken.
+    if cache and config.set_timing_cache(cache, False):
+        return []
+    config.set_timing_cache(config.create_timing_cache(b""), False)
+    return ["timing cache of another device or damaged: begun anew"]
 
 
 def _timing_cache(config: Any, library: Library) -> bytes | None:

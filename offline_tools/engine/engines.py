@@ -19,7 +19,7 @@ from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineEr
 from groot_int8_ros.policy.bundle import Bundle, GraphRecord, open_bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
-from groot_int8_ros.policy.engines.tensorrt_engine import make_logger
+from groot_int8_ros.policy.engines.tensorrt_engine import make_logger, mapped_once
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_SUFFIX,
     EngineManifest,
@@ -289,13 +289,13 @@ class _Inspection:
 
 
 def inspect_engine(
-    trt: Any, plan: bytes, profiles: Mapping[str, tuple[Any, Any, Any]]
+    trt: Any, plan: Any, profiles: Mapping[str, tuple[Any, Any, Any]]
 ) -> tuple[str, int]:
     """Load an engine and ask TensorRT about it.
 
     Args:
         trt: The TensorRT that built it.
-        plan: The serialised engine.
+        plan: The serialised engine, as bytes or mapped.
         profiles: Shapes by input; the inspection is that of the best ones.
 
     Returns:
@@ -321,7 +321,8 @@ def inspect_engine(
 
 def _inspect(job: EngineJob, library: Library) -> _Inspection:
     profiles = job.lengths.profiles(job.record.inputs)
-    text, size = inspect_engine(library.trt, job.engine.read_bytes(), profiles)
+    with mapped_once(job.engine) as plan:
+        text, size = inspect_engine(library.trt, plan, profiles)
     with atomic_file(job.engine.with_name(job.graph.stem + LAYERS_SUFFIX)) as temporary:
         temporary.write_text(text, encoding="utf-8")
     wanted = wanted_layers(job.graph, job.record)

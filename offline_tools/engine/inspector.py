@@ -200,7 +200,9 @@ def _judge(
         return inside.verdict(name, asked, evidence)
     found = {layer.precision for layer in candidates}
     precision = found.pop() if len(found) == 1 else _product_precision(candidates)
-    return LayerVerdict(name, asked, precision, evidence)
+    own = {f"{name}/{product}" for product in _PRODUCTS}
+    nodes = dict.fromkeys(node for layer in candidates for node in layer.nodes)
+    return LayerVerdict(name, asked, precision, evidence, tuple(n for n in nodes if n not in own))
 
 
 def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:

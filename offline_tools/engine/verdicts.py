@@ -35,12 +35,15 @@ class LayerVerdict:
         wanted: What the bundle's manifest, or else the graph's Q/DQ nodes, ask for.
         verdict: What was found.
         evidence: The formats, node or kernel names that the verdict rests on, for a person.
+        fused: Nodes of the graph that the engine computes together with the layer's product, where
+            its inspector tells.
     """
 
     layer: str
     wanted: Precision
     verdict: Precision
     evidence: str
+    fused: tuple[str, ...] = ()
 
     @property
     def failed(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,3 +26,29 @@ def int8_graph(tiny_bundle: Path) -> Callable[[str, Path], Path]:
         return target
 
     return write
+
+
+@pytest.fixture
+def int8_bundle(
+    bundle_copy: Path, int8_graph: Callable[[str, Path], Path], reseal: Callable[[Path], None]
+) -> Path:
+    """A bundle whose DiT is INT8 in every layer, and says so."""
+    from offline_tools.quantize.graph_audit import audit_graph
+
+    graph = int8_graph("dit", bundle_copy / "onnx")
+    path = bundle_copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["dit"]["precision"] = "int8"
+    content["graphs"]["dit"]["quantization"] = {
+        "scheme": "row",
+        "source_sha256": "a" * 64,
+        "calibration_sha256": None,
+        "calibration_samples": 0,
+        "seed": 0,
+        "options": {},
+        "errors": {},
+        "layers": {verdict.layer: {"activation": "row"} for verdict in audit_graph(graph, None)},
+    }
+    path.write_text(json.dumps(content))
+    reseal(bundle_copy)
+    return bundle_copy

@@ -17,33 +17,8 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Device
 from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest
 from offline_tools.cli import main
-from offline_tools.quantize.graph_audit import audit_graph
 
 _RECORDED = Path(__file__).parent / "recorded"
-
-
-@pytest.fixture
-def int8_bundle(
-    bundle_copy: Path, int8_graph: Callable[[str, Path], Path], reseal: Callable[[Path], None]
-) -> Path:
-    """A bundle whose DiT is INT8 in every layer, and says so."""
-    graph = int8_graph("dit", bundle_copy / "onnx")
-    path = bundle_copy / "manifest.json"
-    content = json.loads(path.read_text())
-    content["graphs"]["dit"]["precision"] = "int8"
-    content["graphs"]["dit"]["quantization"] = {
-        "scheme": "row",
-        "source_sha256": "a" * 64,
-        "calibration_sha256": None,
-        "calibration_samples": 0,
-        "seed": 0,
-        "options": {},
-        "errors": {},
-        "layers": {verdict.layer: {"activation": "row"} for verdict in audit_graph(graph, None)},
-    }
-    path.write_text(json.dumps(content))
-    reseal(bundle_copy)
-    return bundle_copy
 
 
 def _make_one_layer_float(graph: Path) -> str:
@@ -137,6 +112,41 @@ def test_kernels_of_a_run_decide(int8_bundle: Path, recorded_engine: Path, tmp_p
     assert main([*words, "--kernels", str(kernels)]) == 0
     kernels.write_text("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n\n" * 9)
     assert main([*words, "--kernels", str(kernels)]) == 1
+
+
+def test_calibrated_engine_is_told_plainly_how_little_is_int8(
+    int8_bundle: Path, recorded_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = recorded_engine.with_suffix(".json")
+    manifest.write_text(manifest.read_text().replace('"qdq"', '"calibrator"'))
+    kernels = tmp_path / "kernels.txt"
+    kernels.write_text("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n\n" * 9)
+    words = ["audit", "--bundle", str(int8_bundle), "--engine", str(recorded_engine)]
+    assert main([*words, "--kernels", str(kernels)]) == 1
+    out = capsys.readouterr().out
+    layers = len(open_bundle(int8_bundle).manifest.graphs["dit"].quantization.layers)  # type: ignore[union-attr]
+    assert f"calibrator was asked for INT8. Known to be INT8: 0 of {layers} layers" in out
+    assert "use groot-int8 quantize" in out
+
+
+def test_layers_of_the_engine_are_listed_with_what_was_fused(
+    int8_bundle: Path, recorded_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["audit", "--bundle", str(int8_bundle), "--engine", str(recorded_engine), "--all"]
+    report = tmp_path / "audit.json"
+    assert main([*words, "--json", str(report)]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    listed = [number for number, line in enumerate(lines) if " Constant " in line]
+    assert "UNKNOWN" in lines[listed[0]]
+    assert lines[listed[0] + 1].split() == [
+        "fused:",
+        "exp,",
+        "(Unnamed",
+        "Layer*",
+        "10)",
+        "[Shuffle]",
+    ]
+    assert all(entry["fused"] == [] for entry in json.loads(report.read_text())["dit_model"])
 
 
 @pytest.mark.parametrize("damage", ["engine", "graph", "layers", "empty"])

@@ -10,6 +10,10 @@ import argparse
 import hashlib
 import importlib.util
 import json
+import os
+import subprocess
+import sys
+import types
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +32,14 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 )
 from offline_tools.cli import main
 from offline_tools.engine import build_command
-from offline_tools.engine.builder import BuilderSettings, Calibration, GraphBuild, build_plan
+from offline_tools.engine.builder import (
+    BuilderSettings,
+    Calibration,
+    GraphBuild,
+    build_plan,
+    use_timing_cache,
+)
+from offline_tools.engine.calibration_cache import CacheRecord, hash_of_graph, write_cache
 from offline_tools.engine.engines import BuildOptions, build_engines
 from offline_tools.engine.library import RTX, open_library
 from offline_tools.engine.profiles import lengths_of
@@ -202,6 +213,91 @@ def test_missing_tensorrt_is_named_with_the_way_to_get_it(
 ) -> None:
     assert main(["build", "--bundle", str(tiny_bundle)]) == 2
     assert "tensorrt is not installed: it comes with JetPack" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("given", "expected"), [(None, "LAZY"), ("EAGER", "EAGER")])
+def test_kernels_are_loaded_when_they_are_used_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str | None, expected: str
+) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", given or "")
+    if given is None:
+        monkeypatch.delenv("CUDA_MODULE_LOADING")
+    assert main(["build", "--bundle", str(tmp_path)]) == 2
+    # The processes that build inherit it.
+    assert os.environ["CUDA_MODULE_LOADING"] == expected
+
+
+def test_cache_of_another_graph_is_refused_by_the_build(bundle_copy: Path) -> None:
+    path = bundle_copy / "calibration" / "dit.cache"
+    content = b"TRT-8600-EntropyCalibration2\nx: 3c010a14\n"
+    options = {"quantization": "calibrator", "graphs": ("dit",)}
+    write_cache(path, content, CacheRecord("c" * 64, "b" * 64, 3))
+    with pytest.raises(CalibrationError, match=r"another ONNX graph: it is stale .* Remove"):
+        _build(bundle_copy, **options)
+    files = open_bundle(bundle_copy).manifest.files
+    own = {name: sha256 for name, (sha256, _) in files.items() if "dit_model" in name}
+    write_cache(path, content, CacheRecord(hash_of_graph(own), "b" * 64, 3))
+    # Its own cache is taken, and what remains to be refused is this library's lack.
+    with pytest.raises(EngineError, match="has no INT8 calibrators"):
+        _build(bundle_copy, **options)
+
+
+@pytest.mark.parametrize(("content", "same_device"), [(b"good", False), (b"damaged", True)])
+def test_measured_kernels_of_elsewhere_are_not_taken(content: bytes, same_device: bool) -> None:
+    # TensorRT-RTX measures nothing, so the builder's part is played here.
+    taken: list[bytes] = []
+
+    def take(cache: bytes, ignore_mismatch: bool) -> bool:
+        assert not ignore_mismatch
+        if cache == b"good" and not same_device:
+            return False
+        taken.append(cache)
+        return True
+
+    config = types.SimpleNamespace(
+        create_timing_cache=lambda data: None if data == b"damaged" else data or b"empty",
+        set_timing_cache=take,
+    )
+    assert use_timing_cache(config, content) == [
+        "timing cache of another device or damaged: begun anew"
+    ]
+    assert taken == [b"empty"]
+    assert use_timing_cache(config, b"") == []
+
+
+_WITHOUT_TORCH = """
+import sys
+from pathlib import Path
+from groot_int8_ros.policy.engines.cuda import Device
+from offline_tools.cli import main
+from offline_tools.engine.builder import BuilderSettings
+from offline_tools.engine.engines import BuildOptions, build_engines
+bundle = sys.argv[1]
+options = BuildOptions(
+    Path(bundle), graphs=("dit",), settings=BuilderSettings(weight_form="float-pair")
+)
+build_engines(options, print, library_name=sys.argv[2], device=Device("B", "8.6", 8, 1, False))
+sys.exit(main(["audit", "--bundle", bundle]))
+"""
+
+
+def test_building_and_auditing_run_where_torch_is_missing(
+    int8_bundle: Path, repository_root: Path, tmp_path: Path
+) -> None:
+    # Modules that refuse to be imported, found before the real ones by the builder's process too.
+    for name in ("torch", "transformers", "safetensors"):
+        (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
+    done = subprocess.run(
+        [sys.executable, "-c", _WITHOUT_TORCH, str(int8_bundle), RTX],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(repository_root)])},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "that should be are INT8" in done.stdout
+    assert list(int8_bundle.glob("engines/*/dit_model.engine"))
 
 
 @pytest.mark.parametrize("name", ["backbone", "dit"])

@@ -128,6 +128,12 @@ def test_conversion_in_front_of_a_product_decides_nothing() -> None:
     assert alone.verdict is Precision.UNKNOWN
 
 
+def test_what_is_fused_with_a_product_is_told() -> None:
+    fused = _layer(nodes=("block.0.fc1/MatMul", "block.0.fc1/Add", "block.0.gelu"))
+    (verdict,) = judge([fused, _layer()], {"block.0.fc1": Precision.FLOAT})
+    assert verdict.fused == ("block.0.fc1/Add", "block.0.gelu")
+
+
 def test_layer_that_the_engine_does_not_name_is_unknown() -> None:
     (verdict,) = judge([_layer()], {"another": Precision.INT8})
     assert verdict.failed
