@@ -7,7 +7,7 @@ where a scheme goes wrong, not what the layer would cost alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,34 @@ from offline_tools.verify.comparison import Comparison, compare
 
 
 def layer_errors(
-    reference: Path, found: Path, tensors: Mapping[str, str], feeds: Feeds
+    reference: Path, found: Path, tensors: Mapping[str, Sequence[str]], feeds: Feeds
 ) -> dict[str, Comparison]:
     """Compare layer outputs of two forms of one graph on the same inputs.
 
     Args:
         reference: The float graph.
         found: Its quantised form.
-        tensors: Layer to the name of its output in the float graph. A layer whose output the
-            other graph does not have by that name is left out.
+        tensors: Layer to the names of its outputs in the float graph, one a use. A layer whose
+            outputs the other graph does not have by these names is left out.
         feeds: Inputs of the float graph. All outputs of all feeds are held in memory.
 
     Returns:
         Layer to the comparison over all feeds at once, in the order of `tensors`.
     """
     present = _tensor_names(found)
-    kept = {layer: name for layer, name in tensors.items() if name in present}
-    wanted = _run(reference, list(kept.values()), feeds)
-    got = _run(found, list(kept.values()), feeds)
-    return {layer: compare(layer, wanted[index], got[index]) for index, layer in enumerate(kept)}
+    kept = {layer: names for layer, names in tensors.items() if present.issuperset(names)}
+    asked = [name for names in kept.values() for name in names]
+    wanted, got = (
+        dict(zip(asked, _run(graph, asked, feeds), strict=True)) for graph in (reference, found)
+    )
+    return {
+        layer: compare(
+            layer,
+            np.concatenate([wanted[name] for name in names]),
+            np.concatenate([got[name] for name in names]),
+        )
+        for layer, names in kept.items()
+    }
 
 
 def _tensor_names(graph: Path) -> set[str]:

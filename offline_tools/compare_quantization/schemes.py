@@ -68,10 +68,13 @@ class FloatGraph:
         return collect(self.path, lambda: iter(self.feeds), self.layers, seed=self.seed)
 
     @cached_property
-    def outputs(self) -> Mapping[str, str]:
-        """Layer to the name of its output tensor."""
+    def outputs(self) -> Mapping[str, tuple[str, ...]]:
+        """Layer to the names of its output tensors, one a use."""
         nodes = {node.name: node for node in load_graph(self.path).graph}
-        return {layer.name: str(nodes[layer.node].outputs[0].name) for layer in self.layers}
+        return {
+            layer.name: tuple(str(nodes[node].outputs[0].name) for node in layer.nodes)
+            for layer in self.layers
+        }
 
 
 @dataclass(frozen=True)
@@ -132,9 +135,8 @@ def _baseline(
     targets = {}
     for name, graph in calibrated.graphs.items():
         targets[name] = folder / graph.path.name
-        tool(
-            graph.path, targets[name], graph.feeds, [layer.node for layer in graph.layers], method
-        )
+        nodes = [node for layer in graph.layers for node in layer.nodes]
+        tool(graph.path, targets[name], graph.feeds, nodes, method)
     return targets
 
 

@@ -160,13 +160,12 @@ def _audit_engine(bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool)
         )
     layers, times_ms = _layers(bundle, path, time=time)
     calibrated = manifest.quantization == "calibrator"
-    wanted = {
-        verdict.layer: Precision.INT8 if calibrated else verdict.wanted
-        for verdict in audit_graph(bundle.folder / record.file, record.quantization)
-    }
-    products = count_products(bundle.folder / record.file)
-    asked = sum(precision is Precision.INT8 for precision in wanted.values())
-    verdicts = judge(layers, wanted, ran, products - asked)
+    in_graph = audit_graph(bundle.folder / record.file, record.quantization)
+    wanted = {one.layer: Precision.INT8 if calibrated else one.wanted for one in in_graph}
+    products = {one.layer: one.products for one in in_graph}
+    asked = sum(products[name] for name, wish in wanted.items() if wish is Precision.INT8)
+    floating = count_products(bundle.folder / record.file) - asked
+    verdicts = judge(layers, wanted, ran, floating, products)
     return _EngineAudit(verdicts, layers, times_ms, calibrated)
 
 

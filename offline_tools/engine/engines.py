@@ -46,7 +46,7 @@ from offline_tools.engine.inspector import judge, parse_inspection
 from offline_tools.engine.library import Library, open_library
 from offline_tools.engine.memory import Forecast, forecast
 from offline_tools.engine.profiles import Lengths, lengths_of
-from offline_tools.engine.verdicts import LayerVerdict, Precision
+from offline_tools.engine.verdicts import LayerVerdict
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 QUANTIZATIONS = ("qdq", "calibrator")
@@ -325,16 +325,15 @@ def _inspect(job: EngineJob, library: Library) -> _Inspection:
         text, size = inspect_engine(library.trt, plan, profiles)
     with atomic_file(job.engine.with_name(job.graph.stem + LAYERS_SUFFIX)) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    wanted = wanted_layers(job.graph, job.record)
-    layers = parse_inspection(text, str(job.engine))
-    return _Inspection(size, tuple(judge(layers, wanted)))
+    from offline_tools.quantize.graph_audit import audit_graph  # needs onnx
 
-
-def wanted_layers(graph: Path, record: GraphRecord) -> dict[str, Precision]:
-    """Return what each layer of a graph should be, from the manifest's record."""
-    from offline_tools.quantize.graph_audit import audit_graph
-
-    return {verdict.layer: verdict.wanted for verdict in audit_graph(graph, record.quantization)}
+    in_graph = audit_graph(job.graph, job.record.quantization)
+    verdicts = judge(
+        parse_inspection(text, str(job.engine)),
+        {one.layer: one.wanted for one in in_graph},
+        products={one.layer: one.products for one in in_graph},
+    )
+    return _Inspection(size, tuple(verdicts))
 
 
 def _plan(

@@ -24,7 +24,8 @@ from groot_int8_ros.errors import EngineError
 from offline_tools.engine.verdicts import LayerVerdict, Precision
 
 _METADATA_NODE = re.compile(r"\[ONNX Layer: ([^\]]+)\]")
-_PRODUCTS = frozenset({"MatMul", "Gemm"})
+# The node of a layer's product; later uses of the same weight have a number behind it.
+_PRODUCT_NODE = re.compile(r"(.+)/(?:MatMul|Gemm)(?:_[0-9]+)?")
 
 # Names of kernels as TensorRT 8.6 to 10 and cuBLAS write them: i8816 is a tensor core's int8
 # product and s32 its sum, `imma` and `igemm` say so in words; `hmma`, h16816, f16f16 and sgemm are
@@ -149,6 +150,7 @@ def judge(
     wanted: Mapping[str, Precision],
     ran: Sequence[str] = (),
     float_products: int = 0,
+    products: Mapping[str, int] | None = None,
 ) -> list[LayerVerdict]:
     """Say of each layer of the graph what the engine made of it.
 
@@ -162,47 +164,71 @@ def judge(
             are taken to run one a kernel, and two in a fused `mha` kernel.)
         float_products: Products of the graph of which INT8 is not asked: those of two
             activations, and float layers.
+        products: Layer to how many products of the graph it is, where they are several.
 
     Returns:
         A verdict for each of `wanted`, in its order.
     """
-    by_node: dict[str, list[EngineLayer]] = {}
+    by_layer: dict[str, dict[str, list[EngineLayer]]] = {}
     for layer in layers:
         for node in layer.nodes:
-            by_node.setdefault(node, []).append(layer)
+            # A conversion in front of a product carries the node's name too and decides nothing.
+            if layer.kind not in _NO_ARITHMETIC and (name := _layer_of(node)) is not None:
+                by_layer.setdefault(name, {}).setdefault(node, []).append(layer)
     inside = _judge_opaque(ran, float_products)
-    return [_judge(name, asked, by_node, layers, inside) for name, asked in wanted.items()]
+    regions = [layer for layer in layers if layer.is_opaque]
+    return [
+        _judge(
+            name,
+            asked,
+            list(by_layer.get(name, {}).values()),
+            (products or {}).get(name, 1),
+            regions,
+            inside,
+        )
+        for name, asked in wanted.items()
+    ]
+
+
+def _layer_of(node: str) -> str | None:
+    """Return the layer that a product's node belongs to; None for any other node."""
+    product = _PRODUCT_NODE.fullmatch(node)
+    return None if product is None else product[1]
 
 
 def _judge(
     name: str,
     asked: Precision,
-    by_node: Mapping[str, Sequence[EngineLayer]],
-    layers: Sequence[EngineLayer],
+    uses: Sequence[Sequence[EngineLayer]],
+    products: int,
+    regions: Sequence[EngineLayer],
     inside: _Inside,
 ) -> LayerVerdict:
-    candidates = [
-        layer
-        for product in _PRODUCTS
-        for layer in by_node.get(f"{name}/{product}", ())
-        # A conversion in front of a product carries the node's name too and decides nothing.
-        if layer.kind not in _NO_ARITHMETIC
-    ]
-    regions = [layer for layer in layers if layer.is_opaque]
-    if not candidates and regions:
+    """Judge a layer by the engine's layers that each of its products went into."""
+    judged = [_judge_use(name, asked, candidates, inside) for candidates in uses]
+    if len(uses) < products and regions:
         # A region is named by its first and last node alone; what is nowhere else is in one.
         where = f"inside {regions[0].name[:50]} or the like, which the inspector does not open"
-        return inside.verdict(name, asked, where)
-    if not candidates:
-        return LayerVerdict(name, asked, Precision.UNKNOWN, "no layer of the engine names it")
+        judged.append(inside.verdict(name, asked, where))
+    elif len(uses) < products:
+        what = "it" if products == 1 else f"{products - len(uses)} of its {products} products"
+        evidence = f"no layer of the engine names {what}"
+        judged.append(LayerVerdict(name, asked, Precision.UNKNOWN, evidence))
+    # Unrolled steps are one layer: it is INT8 if all of them are.
+    return next((one for one in judged if one.verdict is not Precision.INT8), judged[0])
+
+
+def _judge_use(
+    name: str, asked: Precision, candidates: Sequence[EngineLayer], inside: _Inside
+) -> LayerVerdict:
     evidence = "; ".join(dict.fromkeys(layer.evidence() for layer in candidates))
     if all(layer.is_opaque for layer in candidates):
         return inside.verdict(name, asked, evidence)
     found = {layer.precision for layer in candidates}
     precision = found.pop() if len(found) == 1 else _product_precision(candidates)
-    own = {f"{name}/{product}" for product in _PRODUCTS}
     nodes = dict.fromkeys(node for layer in candidates for node in layer.nodes)
-    return LayerVerdict(name, asked, precision, evidence, tuple(n for n in nodes if n not in own))
+    fused = tuple(node for node in nodes if _layer_of(node) != name)
+    return LayerVerdict(name, asked, precision, evidence, fused)
 
 
 def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:

@@ -31,12 +31,14 @@ class LayerVerdict:
     """One layer: what it should be, what it is, and how one knows.
 
     Attributes:
-        layer: The layer's name, which is its MatMul node's without the trailing `/MatMul`.
+        layer: The layer's name: its first MatMul node's without the trailing `/MatMul`.
         wanted: What the bundle's manifest, or else the graph's Q/DQ nodes, ask for.
         verdict: What was found.
         evidence: The formats, node or kernel names that the verdict rests on, for a person.
         fused: Nodes of the graph that the engine computes together with the layer's product, where
             its inspector tells.
+        products: Products of the graph that the layer is: several where a graph unrolls its
+            denoising steps. The layer is what all of them are.
     """
 
     layer: str
@@ -44,6 +46,7 @@ class LayerVerdict:
     verdict: Precision
     evidence: str
     fused: tuple[str, ...] = ()
+    products: int = 1
 
     @property
     def failed(self) -> bool:

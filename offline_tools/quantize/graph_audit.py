@@ -28,7 +28,7 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
         record: What the manifest says about it; None for a graph that should be float.
 
     Returns:
-        A verdict for each product with a constant weight, in the order of the graph, then one for
+        A verdict for each constant weight of products, in the order of the graph, then one for
         each layer of the record that the graph lacks.
 
     Raises:
@@ -36,17 +36,24 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
     """
     model = load_graph(path)
     wanted = set() if record is None else set(record.layers)
-    verdicts = []
+    # By weight, operator and transposition, as `layers.find_layers` has it.
+    uses: dict[tuple[str | None, str, int], list[ir.Node]] = {}
     for node in model.graph:
         if node.op_type not in ("MatMul", "Gemm") or node.name is None:
             continue
-        activation, weight = node.inputs[0], node.inputs[1]
-        if activation is None or weight is None or not _is_constant(weight):
-            continue
-        name = layer_name(node.name, node.op_type)
-        verdict, evidence = _judge(activation, weight)
+        stored = _stored(node.inputs[1])
+        if node.inputs[0] is not None and stored is not None:
+            key = (stored.name, node.op_type, node.attributes.get_int("transB", 0))
+            uses.setdefault(key, []).append(node)
+    verdicts = []
+    for nodes in uses.values():
+        name = layer_name(str(nodes[0].name), nodes[0].op_type)
+        judged = [_judge(node) for node in nodes]
+        verdict, evidence = next(
+            (one for one in judged if one[0] is not Precision.INT8), judged[0]
+        )
         asked = Precision.INT8 if name in wanted else Precision.FLOAT
-        verdicts.append(LayerVerdict(name, asked, verdict, evidence))
+        verdicts.append(LayerVerdict(name, asked, verdict, evidence, products=len(nodes)))
     found = {verdict.layer for verdict in verdicts}
     verdicts += [
         LayerVerdict(name, Precision.INT8, Precision.UNKNOWN, "the graph has no such layer")
@@ -55,7 +62,10 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
     return verdicts
 
 
-def _judge(activation: ir.Value, weight: ir.Value) -> tuple[Precision, str]:
+def _judge(node: ir.Node) -> tuple[Precision, str]:
+    activation, weight = node.inputs[0], node.inputs[1]
+    assert activation is not None
+    assert weight is not None
     reasons = [
         f"{operand}: {reason}"
         for operand, reason in (
@@ -103,16 +113,13 @@ def _zero_points(node: ir.Node) -> list[ir.Value]:
     return [] if zero is None else [zero]
 
 
-def _is_constant(value: ir.Value) -> bool:
-    """Whether a value is a weight, whatever conversions stand behind it."""
-    while (node := value.producer()) is not None:
+def _stored(value: ir.Value | None) -> ir.Value | None:
+    """Return the initializer that a weight comes from, whatever conversions stand between."""
+    while value is not None and (node := value.producer()) is not None:
         if node.op_type not in (*_TRANSPARENT, "QuantizeLinear", "DequantizeLinear"):
-            return False
-        source = node.inputs[0]
-        if source is None:
-            return False
-        value = source
-    return value.is_initializer()
+            return None
+        value = node.inputs[0]
+    return value if value is not None and value.is_initializer() else None
 
 
 def _type(value: ir.Value | None) -> str:

@@ -242,7 +242,9 @@ class _Job:
         for graph, path in self._options.calibration_caches.items():
             files = {name: manifest.files[name][0] for name in _files_of(manifest, graph)}
             scales, known = scales_for_graph(
-                path, hash_of_graph(files), {layer.input for layer in self._layers[graph]}
+                path,
+                hash_of_graph(files),
+                {name for layer in self._layers[graph] for name in layer.inputs},
             )
             self._cache_scales[graph] = scales
             if not known:

@@ -2,16 +2,18 @@
 
 Owns: `Layer`, how it is found, and which layers a user's patterns name. Must not import torch.
 
-A layer is a `MatMul` or `Gemm` whose second operand is a weight; the exporter names the node after
-it. Products of two activations (attention logits, attention times values) are none, so they stay
-float, as do norms, softmax and residuals, which are no products at all.
+A layer is a weight and the `MatMul` or `Gemm` nodes whose second operand it is; the exporter names
+the first of them after it. A graph that unrolls its denoising steps uses each weight once a step:
+that is one layer with several uses, for the weight is stored once and has one scheme. Products of
+two activations (attention logits, attention times values) are none, so they stay float, as do
+norms, softmax and residuals, which are no products at all; and so do `FLOAT_PARTS`.
 """
 
 from __future__ import annotations
 
 import fnmatch
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,20 @@ from groot_int8_ros.policy.types import Float32Array
 
 FLOAT_TYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
+# What a deployed graph computes in float32 whatever its type, as parts of its nodes' names: pixels
+# before they are rounded, and what carries state and actions themselves.
+FLOAT_PARTS = frozenset({"image_chain", "state_encoder", "action_encoder", "action_decoder"})
+
 
 @dataclass(frozen=True)
 class Layer:
-    """One matrix product with a constant weight.
+    """A constant weight and the matrix products with it.
 
     Attributes:
-        name: Name of the layer: its node's without the trailing operator.
-        node: Name of the node.
+        name: Name of the layer: its first node's without the trailing operator.
+        nodes: Names of the nodes, one a use, in the order in which they run.
         operator: `MatMul` or `Gemm`.
-        input: Name of the activation that is multiplied.
+        inputs: Name of the activation that is multiplied, one a use.
         weight: Name of the initializer.
         in_channels: Length of the axis that is summed over.
         out_channels: Length of the other axis of the weight.
@@ -42,9 +48,9 @@ class Layer:
     """
 
     name: str
-    node: str
+    nodes: tuple[str, ...]
     operator: str
-    input: str
+    inputs: tuple[str, ...]
     weight: str
     in_channels: int
     out_channels: int
@@ -71,13 +77,28 @@ def load_graph(path: Path) -> ir.Model:
 
 
 def find_layers(model: ir.Model) -> list[Layer]:
-    """Return a graph's layers in the order in which they run."""
-    return [layer for node in model.graph if (layer := as_layer(node)) is not None]
+    """Return a graph's layers in the order in which they first run."""
+    found: dict[tuple[str, str, int], Layer] = {}
+    for node in model.graph:
+        use = as_layer(node)
+        if use is not None:
+            key = (use.weight, use.operator, use.out_axis)
+            first = found.get(key)
+            found[key] = (
+                use
+                if first is None
+                else replace(
+                    first, nodes=first.nodes + use.nodes, inputs=first.inputs + use.inputs
+                )
+            )
+    return list(found.values())
 
 
 def as_layer(node: ir.Node) -> Layer | None:
-    """Return a node as a layer, or None if it is not a product with a float weight."""
+    """Return a node as a layer of one use, or None if it is no product with a float weight."""
     if node.op_type not in ("MatMul", "Gemm") or node.name is None:
+        return None
+    if not FLOAT_PARTS.isdisjoint(node.name.replace("/", ".").split(".")):
         return None
     activation, weight = node.inputs[0], node.inputs[1]
     if activation is None or weight is None or activation.name is None or weight.name is None:
@@ -92,9 +113,9 @@ def as_layer(node: ir.Node) -> Layer | None:
         return None
     return Layer(
         name=layer_name(node.name, node.op_type),
-        node=node.name,
+        nodes=(node.name,),
         operator=node.op_type,
-        input=activation.name,
+        inputs=(activation.name,),
         weight=weight.name,
         in_channels=second if transposed else first,
         out_channels=first if transposed else second,
@@ -103,15 +124,15 @@ def as_layer(node: ir.Node) -> Layer | None:
 
 
 def layer_name(node: str, operator: str) -> str:
-    """Return the layer that a node is named after; a second use of a weight keeps its number."""
+    """Return the layer that the node of its first use is named after."""
     return node.removesuffix(f"/{operator}")
 
 
-def groups(layers: Iterable[Layer]) -> dict[str, list[Layer]]:
-    """Return the layers by the activation that they read, which they can quantise together."""
-    found: dict[str, list[Layer]] = {}
+def groups(layers: Iterable[Layer]) -> dict[tuple[str, ...], list[Layer]]:
+    """Return the layers by the activations that they read, which they can quantise together."""
+    found: dict[tuple[str, ...], list[Layer]] = {}
     for layer in layers:
-        found.setdefault(layer.input, []).append(layer)
+        found.setdefault(layer.inputs, []).append(layer)
     return found
 
 

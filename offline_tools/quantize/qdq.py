@@ -22,6 +22,10 @@ matrix for rotation, and a float32, one for each row. Decisions:
 - Nodes that read the same activation with the same scheme share all nodes up to DequantizeLinear.
 - Migration is not folded into the norm before: TensorRT fuses the multiplication into the kernel
   that quantises, and the residual stream stays as it is.
+- A weight that is used several times (the unrolled denoising steps) is stored once and has one
+  scheme; a static scale is that of each use's own input, and migration, which goes into the
+  weight, looks at all of them. Every use has its own DequantizeLinear behind the one initializer,
+  the pattern that TensorRT fuses into a product.
 - Weights are quantised while the external data are written, one tensor at a time.
 """
 
@@ -57,7 +61,11 @@ from offline_tools.quantize.layers import (
     read_weight,
 )
 from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
-from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
+from offline_tools.quantize.statistics import (
+    GraphStatistics,
+    InputStatistics,
+    migration_sizes,
+)
 
 Plan = Mapping[str, LayerScheme]
 
@@ -66,12 +74,12 @@ _EXTERNAL_DATA_FROM_BYTES = 1024
 
 @dataclass(frozen=True)
 class _Quantiser:
-    """What the layers that share an activation and a scheme share."""
+    """What the layers that share their activations and a scheme share; a scale for each use."""
 
     scheme: LayerScheme
     layers: tuple[Layer, ...]
     factors: Float32Array | None
-    scale: float
+    scales: tuple[float, ...]
 
 
 def quantize_graph(
@@ -130,64 +138,84 @@ def quantize_model(
             f"{len(unknown)} layers of the plan are not in the graph, the first is {unknown[0]}: "
             "the plan belongs to another model"
         )
-    shared: dict[tuple[str, LayerScheme], list[Layer]] = {}
+    shared: dict[tuple[tuple[str, ...], LayerScheme], list[Layer]] = {}
     for name, layer in layers.items():
         if name in plan:
-            shared.setdefault((layer.input, plan[name]), []).append(layer)
+            shared.setdefault((layer.inputs, plan[name]), []).append(layer)
     rewriter = _Rewriter(model)
-    for (activation, scheme), members in shared.items():
-        seen = statistics.inputs.get(activation) if statistics is not None else None
+    for (activations, scheme), members in shared.items():
         if scheme.range_method == CACHE:
-            scale = (cache_scales or {}).get(activation)
-            if scale is None:
-                raise QuantizationError(
-                    f"the scheme {scheme.name} of {members[0].name} needs the scale of its input "
-                    f"{activation} from a calibration cache, and none was given"
-                )
-            quantiser = _Quantiser(scheme, tuple(members), None, scale)
+            scales = _cached_scales(scheme, members[0], cache_scales or {})
+            quantiser = _Quantiser(scheme, tuple(members), None, scales)
         else:
+            seen = statistics.of(activations) if statistics is not None else None
             quantiser = _prepare(rewriter, scheme, members, seen, percentile)
-        rewriter.apply(activation, quantiser)
+        rewriter.apply(quantiser)
     rewriter.finish()
+
+
+def _cached_scales(
+    scheme: LayerScheme, layer: Layer, cache_scales: Mapping[str, float]
+) -> tuple[float, ...]:
+    missing = [name for name in layer.inputs if name not in cache_scales]
+    if missing:
+        raise QuantizationError(
+            f"the scheme {scheme.name} of {layer.name} needs the scale of its input {missing[0]} "
+            "from a calibration cache, and none was given"
+        )
+    return tuple(cache_scales[name] for name in layer.inputs)
 
 
 def _prepare(
     rewriter: _Rewriter,
     scheme: LayerScheme,
     layers: Sequence[Layer],
-    seen: InputStatistics | None,
+    seen: Sequence[InputStatistics] | None,
     percentile: float,
 ) -> _Quantiser:
     factors: Float32Array | None = None
-    scale = 1.0 / INT8_MAX
+    scales = (1.0 / INT8_MAX,) * len(layers[0].inputs)
     if scheme.activation == "static" or scheme.migration_alpha is not None:
         if seen is None:
             raise QuantizationError(
                 f"the scheme {scheme.name} of {layers[0].name} needs statistics of its input, and "
                 "the calibration has none: collect them for this graph and all its layers"
             )
-        if len(seen.channel_max) != layers[0].in_channels:
+        channels = {len(use.channel_max) for use in seen}
+        if channels != {layers[0].in_channels}:
             raise QuantizationError(
-                f"the statistics of {layers[0].name} have {len(seen.channel_max)} channels and "
-                f"the layer has {layers[0].in_channels}: they belong to another model"
+                f"the statistics of {layers[0].name} have {min(channels)} channels and the layer "
+                f"has {layers[0].in_channels}: they belong to another model"
             )
     if scheme.migration_alpha is not None:
         assert seen is not None
-        weight_max = np.zeros_like(seen.channel_max)
+        weight_max = np.zeros_like(seen[0].channel_max)
         for layer in layers:
             np.maximum(weight_max, np.abs(rewriter.weight(layer)).max(axis=1), out=weight_max)
         factors = migration_factors(
-            seen.migration_sizes(scheme), weight_max, scheme.migration_alpha
+            migration_sizes(seen, scheme), weight_max, scheme.migration_alpha
         )
     if scheme.activation == "static":
         assert seen is not None
-        assert scheme.range_method is not None
-        if factors is None:
-            top = static_range(seen.histogram, scheme.range_method, percentile)
-        else:
-            top = float((seen.channel_max / factors).max()) or 1.0
-        scale = top / INT8_MAX
-    return _Quantiser(scheme, tuple(layers), factors, scale)
+        scales = tuple(_static_scale(use, scheme, factors, percentile) for use in seen)
+    return _Quantiser(scheme, tuple(layers), factors, scales)
+
+
+def _static_scale(
+    use: InputStatistics, scheme: LayerScheme, factors: Float32Array | None, percentile: float
+) -> float:
+    if factors is not None:
+        return (float((use.channel_max / factors).max()) or 1.0) / INT8_MAX
+    assert scheme.range_method is not None
+    return static_range(use.histogram, scheme.range_method, percentile) / INT8_MAX
+
+
+@dataclass(frozen=True)
+class _Int8Weight:
+    """A stored weight: codes int8, and float32 scales, one an output channel."""
+
+    codes: ir.Value
+    scales: ir.Value
 
 
 class _Rewriter:
@@ -196,6 +224,7 @@ class _Rewriter:
     def __init__(self, model: ir.Model) -> None:
         self._graph = model.graph
         self._nodes = {node.name: node for node in model.graph}
+        self._order = {node.name: place for place, node in enumerate(model.graph)}
         self._values = {
             value.name: value for node in model.graph for value in node.inputs if value is not None
         }
@@ -204,50 +233,74 @@ class _Rewriter:
         """Read a layer's weight as float32 (K, N)."""
         return read_weight(self._graph, layer)
 
-    def apply(self, activation: str, quantiser: _Quantiser) -> None:
-        """Put one quantiser behind an activation and its layers behind that."""
-        first = self._nodes[quantiser.layers[0].node]
-        place = _Place(self._graph, first, f"{quantiser.layers[0].name}/input")
-        x = self._values[activation]
-        dtype, shape = x.dtype, x.shape
-        if dtype is None:
-            raise RuntimeError(f"the activation {activation} has no type")
-        if dtype != ir.DataType.FLOAT:
+    def apply(self, quantiser: _Quantiser) -> None:
+        """Put a quantiser behind each of its activations, and its layers' uses behind that."""
+        name = quantiser.layers[0].name
+        constants = _Constants(self._graph, f"{name}/input")
+        weights = [self._int8_weight(layer, quantiser) for layer in quantiser.layers]
+        for use, scale in enumerate(quantiser.scales):
+            nodes = [layer.nodes[use] for layer in quantiser.layers]
+            first = self._nodes[min(nodes, key=lambda node: self._order[node])]
+            place = _Place(self._graph, first, f"{name}/input{_number(use)}")
+            x = self._values[quantiser.layers[0].inputs[use]]
+            dtype = x.dtype
+            if dtype is None:
+                raise RuntimeError(f"the activation {x.name} has no type")
+            restored, row_max = self._quantised(place, x, quantiser, scale, constants)
+            for layer, weight in zip(quantiser.layers, weights, strict=True):
+                self._rewrite_use(layer, use, restored, row_max, weight, dtype)
+
+    def _quantised(
+        self,
+        place: _Place,
+        x: ir.Value,
+        quantiser: _Quantiser,
+        scale: float,
+        constants: _Constants,
+    ) -> tuple[ir.Value, ir.Value | None]:
+        """Add the nodes up to DequantizeLinear; return its output and the row maxima."""
+        shape = x.shape
+        if x.dtype != ir.DataType.FLOAT:
             x = place.node("Cast", [x], shape, attributes={"to": int(ir.DataType.FLOAT)})
         if quantiser.factors is not None:
             reciprocal = (np.float32(1.0) / quantiser.factors).astype(np.float32)
-            x = place.node("Mul", [x, place.constant("migration", reciprocal)], shape)
+            x = place.node("Mul", [x, constants("migration", reciprocal)], shape)
         if quantiser.scheme.rotation is not None:
-            x = _rotate(place, x, shape, quantiser.layers[0], quantiser.scheme.rotation)
+            layer = quantiser.layers[0]
+            x = _rotate(place, x, shape, layer, quantiser.scheme.rotation, constants)
         row_max: ir.Value | None = None
         if quantiser.scheme.activation == "row":
             column = None if shape is None else ir.Shape([*shape[:-1], 1])
             magnitude = place.node("Abs", [x], shape)
             found = place.node("ReduceMax", [magnitude], column, attributes={"axes": [-1]})
-            smallest = place.constant("smallest", np.float32(SMALLEST_ROW_MAX))
+            smallest = constants("smallest", np.float32(SMALLEST_ROW_MAX))
             row_max = place.node("Max", [found, smallest], column)
             x = place.node("Div", [x, row_max], shape)
-        scale = place.constant("scale", np.float32(quantiser.scale))
-        zero = place.constant("zero_point", np.int8(0))
-        quantised = place.node("QuantizeLinear", [x, scale, zero], shape, ir.DataType.INT8)
-        restored = place.node("DequantizeLinear", [quantised, scale, zero], shape)
-        for layer in quantiser.layers:
-            self._rewrite_layer(layer, restored, row_max, quantiser, dtype)
+        scalar = place.constant("scale", np.float32(scale))
+        zero = constants("zero_point", np.int8(0))
+        quantised = place.node("QuantizeLinear", [x, scalar, zero], shape, ir.DataType.INT8)
+        return place.node("DequantizeLinear", [quantised, scalar, zero], shape), row_max
 
-    def _rewrite_layer(
+    def _rewrite_use(
         self,
         layer: Layer,
+        use: int,
         activation: ir.Value,
         row_max: ir.Value | None,
-        quantiser: _Quantiser,
+        stored: _Int8Weight,
         dtype: ir.DataType,
     ) -> None:
-        node = self._nodes[layer.node]
+        node = self._nodes[layer.nodes[use]]
         output = node.outputs[0]
         shape = output.shape
-        weight = self._dequantised_weight(layer, node, quantiser)
+        weight = _Place(self._graph, node, f"{layer.name}/weight{_number(use)}").node(
+            "DequantizeLinear",
+            [stored.codes, stored.scales],
+            stored.codes.shape,
+            attributes={"axis": layer.out_axis},
+        )
         attributes = {"transB": 1} if layer.operator == "Gemm" and layer.out_axis == 0 else {}
-        place = _Place(self._graph, node, layer.name)
+        place = _Place(self._graph, node, f"{layer.name}{_number(use)}")
         product = place.node(
             layer.operator, [activation, weight], shape, attributes=attributes, name=None
         )
@@ -265,12 +318,12 @@ class _Rewriter:
         result.name = name
         new = product.producer()
         assert new is not None
-        new.name = layer.node
-        self._nodes[layer.node] = new
+        new.name = layer.nodes[use]
+        self._nodes[layer.nodes[use]] = new
         if name is not None:
             self._values[name] = result
 
-    def _dequantised_weight(self, layer: Layer, node: ir.Node, quantiser: _Quantiser) -> ir.Value:
+    def _int8_weight(self, layer: Layer, quantiser: _Quantiser) -> _Int8Weight:
         initializer = self._graph.initializers[layer.weight]
         if initializer.shape is None:
             raise RuntimeError(f"the weight {layer.weight} has no shape")
@@ -294,7 +347,6 @@ class _Rewriter:
             )
 
         name = _unused(self._graph, f"{layer.weight}.int8")
-        place = _Place(self._graph, node, f"{layer.name}/weight")
         quantised = ir.Value(
             name=name,
             type=ir.TensorType(ir.DataType.INT8),
@@ -304,11 +356,8 @@ class _Rewriter:
             ),
         )
         self._graph.register_initializer(quantised)
-        return place.node(
-            "DequantizeLinear",
-            [quantised, place.constant("scale", scales)],
-            initializer.shape,
-            attributes={"axis": layer.out_axis},
+        return _Int8Weight(
+            quantised, _Constants(self._graph, f"{layer.name}/weight")("scale", scales)
         )
 
     def _float_bias(self, bias: ir.Value) -> ir.Value:
@@ -329,8 +378,18 @@ class _Rewriter:
                 del self._graph.initializers[name]
 
 
+def _number(use: int) -> str:
+    """Return what distinguishes the names of a later use, as the exporter's own do."""
+    return f"_{use}" if use else ""
+
+
 def _rotate(
-    place: _Place, x: ir.Value, shape: ir.Shape | None, layer: Layer, block: int
+    place: _Place,
+    x: ir.Value,
+    shape: ir.Shape | None,
+    layer: Layer,
+    block: int,
+    constants: _Constants,
 ) -> ir.Value:
     """Mix each block of channels; see `arithmetic.rotated`."""
     if shape is None:
@@ -343,11 +402,11 @@ def _rotate(
     count = layer.in_channels // block
     # A zero stands for the input's own length of that axis.
     leading = [0] * (len(shape) - 1)
-    split = place.constant("blocks", np.array([*leading, count, block], np.int64))
-    joined = place.constant("channels", np.array([*leading, layer.in_channels], np.int64))
+    split = constants("blocks", np.array([*leading, count, block], np.int64))
+    joined = constants("channels", np.array([*leading, layer.in_channels], np.int64))
     blocks = ir.Shape([*shape[:-1], count, block])
     x = place.node("Reshape", [x, split], blocks)
-    x = place.node("MatMul", [x, place.constant("hadamard", hadamard(block))], blocks)
+    x = place.node("MatMul", [x, constants("hadamard", hadamard(block))], blocks)
     return place.node("Reshape", [x, joined], shape, name="Reshape_back")
 
 
@@ -395,6 +454,24 @@ class _Place:
         constant = _initializer(full, np.asarray(value))
         self._graph.register_initializer(constant)
         return constant
+
+
+class _Constants:
+    """Initializers that all uses of a quantiser share, made when they are first asked for."""
+
+    def __init__(self, graph: ir.Graph, prefix: str) -> None:
+        self._graph = graph
+        self._prefix = prefix
+        self._made: dict[str, ir.Value] = {}
+
+    def __call__(self, name: str, value: NDArray[Any] | np.generic) -> ir.Value:
+        if name not in self._made:
+            constant = _initializer(
+                _unused(self._graph, f"{self._prefix}/{name}"), np.asarray(value)
+            )
+            self._graph.register_initializer(constant)
+            self._made[name] = constant
+        return self._made[name]
 
 
 def _initializer(name: str, value: NDArray[Any]) -> ir.Value:

@@ -3,10 +3,11 @@
 Owns: the local errors. Must not import onnx's runtime or torch: a layer is a product of two
 matrices, and NumPy computes what the Q/DQ graph would (`arithmetic`).
 
-Layers that read the same activation are judged together, as they share its quantiser. The error
-of a scheme is the root mean square over rows of |y' - y| / |y|, where y is what all the layers
-make of a row. Every token counts the same: the norms behind the layers rescale each token, so a
-massive token must not hide what happened to the others.
+Layers that read the same activation are judged together, as they share its quantiser; where their
+weights are used several times, on the rows of all uses, each quantised as its own use is. The
+error of a scheme is the root mean square over rows of |y' - y| / |y|, where y is what all the
+layers make of a row. Every token counts the same: the norms behind the layers rescale each token,
+so a massive token must not hide what happened to the others.
 """
 
 from __future__ import annotations
@@ -22,7 +23,11 @@ from groot_int8_ros.policy.types import Float32Array, Float64Array
 from offline_tools.quantize import arithmetic
 from offline_tools.quantize.layers import Layer, groups, load_graph, read_weight
 from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
-from offline_tools.quantize.statistics import GraphStatistics, InputStatistics
+from offline_tools.quantize.statistics import (
+    GraphStatistics,
+    InputStatistics,
+    migration_sizes,
+)
 
 MIGRATION_ALPHAS = (0.25, 0.5, 0.75)
 
@@ -108,23 +113,23 @@ def measure(
             _errors(
                 lambda layer: read_weight(model.graph, layer),
                 members,
-                statistics.inputs[activation],
+                [statistics.inputs[name] for name in dict.fromkeys(activations)],
                 candidate_schemes(members[0].in_channels) if schemes is None else schemes,
                 percentile,
             ),
         )
-        for activation, members in groups(layers).items()
+        for activations, members in groups(layers).items()
     ]
 
 
 def _errors(
     weight_of: Callable[[Layer], Float32Array],
     layers: Sequence[Layer],
-    seen: InputStatistics,
+    uses: Sequence[InputStatistics],
     schemes: Sequence[LayerScheme],
     percentile: float,
 ) -> dict[LayerScheme, float]:
-    weight_max = np.zeros_like(seen.channel_max)
+    weight_max = np.zeros_like(uses[0].channel_max)
     for layer in layers:
         np.maximum(weight_max, np.abs(weight_of(layer)).max(axis=1), out=weight_max)
     # Schemes that change the weight alike share its quantised form.
@@ -139,19 +144,21 @@ def _errors(
         factors[change] = (
             None
             if alpha is None
-            else arithmetic.migration_factors(seen.migration_sizes(members[0]), weight_max, alpha)
+            else arithmetic.migration_factors(migration_sizes(uses, members[0]), weight_max, alpha)
         )
     inputs = {
-        scheme: _quantised_rows(scheme, seen, factors[change], percentile)
+        scheme: np.concatenate(
+            [_quantised_rows(scheme, use, factors[change], percentile) for use in uses]
+        )
         for change, members in alike.items()
         for scheme in members
     }
-    rows = len(seen.rows)
-    size: Float64Array = np.zeros(rows)
-    gaps = {scheme: np.zeros(rows) for scheme in schemes}
+    rows = np.concatenate([use.rows for use in uses])
+    size: Float64Array = np.zeros(len(rows))
+    gaps = {scheme: np.zeros(len(rows)) for scheme in schemes}
     for layer in layers:
         weight = weight_of(layer)
-        exact = seen.rows @ weight
+        exact = rows @ weight
         size += _squares(exact)
         for change, members in alike.items():
             changed = arithmetic.transformed_weight(weight, factors[change], change[2])

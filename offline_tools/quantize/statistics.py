@@ -27,7 +27,7 @@ from groot_int8_ros.policy.quantization import LayerScheme
 from groot_int8_ros.policy.types import Float32Array, Float64Array
 from offline_tools.quantize.arithmetic import SMALLEST_ROW_MAX
 from offline_tools.quantize.histogram import MagnitudeHistogram
-from offline_tools.quantize.layers import Layer, find_layers, groups, load_graph
+from offline_tools.quantize.layers import Layer, find_layers, load_graph
 
 # Graph name -> its feeds, batch 1, from the first one on at every call.
 Feeds = Callable[[str], Iterator[Mapping[str, NDArray[Any]]]]
@@ -55,13 +55,23 @@ class InputStatistics:
     channel_level: Float32Array
     rows: Float32Array
 
-    def migration_sizes(self, scheme: LayerScheme) -> Float32Array:
-        """Return the channels' sizes that a scheme's migration starts from.
 
-        Under one scale a tensor the largest values matter. Under a scale a row each row counts
-        alike, and a massive token must not set the factor of its channel for all others.
-        """
-        return self.channel_level if scheme.activation == "row" else self.channel_max
+def migration_sizes(uses: Sequence[InputStatistics], scheme: LayerScheme) -> Float32Array:
+    """Return the channels' sizes that a scheme's migration starts from.
+
+    Under one scale a tensor the largest values matter. Under a scale a row each row counts alike,
+    and a massive token must not set the factor of its channel for all others.
+
+    Args:
+        uses: The input at each use of the weight, which has one factor a channel for all of them.
+        scheme: With a migration.
+    """
+    sizes: Float32Array = (
+        np.mean([use.channel_level for use in uses], axis=0, dtype=np.float32)
+        if scheme.activation == "row"
+        else np.max([use.channel_max for use in uses], axis=0)
+    )
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -75,6 +85,11 @@ class GraphStatistics:
 
     inputs: Mapping[str, InputStatistics]
     samples: int
+
+    def of(self, activations: Sequence[str]) -> tuple[InputStatistics, ...] | None:
+        """Return the statistics of a layer's inputs; None if one of them was not looked at."""
+        found = [self.inputs.get(name) for name in activations]
+        return tuple(one for one in found if one is not None) if all(found) else None
 
 
 class _Collector:
@@ -137,7 +152,7 @@ def collect(
         feeds: Gives the calibration set anew at every call; names and dtypes of the graph's
             inputs, batch 1.
         layers: Those whose inputs are wanted; all if None.
-        rows: Rows to keep of each input.
+        rows: Rows to keep of each input, over all uses of a layer.
         seed: Seed of the draw.
         threads: CPU threads inside an operator; ONNX Runtime's choice if None.
         max_pass_bytes: Activations that may be held at once.
@@ -146,8 +161,14 @@ def collect(
         QuantizationError: The calibration set is empty, does not fit the graph or holds a value
             that is not finite; or the graph itself gives one.
     """
-    wanted = groups(find_layers(load_graph(graph)) if layers is None else layers)
-    collectors = {name: _Collector(found, rows, seed) for name, found in wanted.items()}
+    wanted: dict[str, list[Layer]] = {}
+    for layer in find_layers(load_graph(graph)) if layers is None else layers:
+        for name in dict.fromkeys(layer.inputs):
+            wanted.setdefault(name, []).append(layer)
+    collectors = {
+        name: _Collector(found, -(-rows // max(len(one.inputs) for one in found)), seed)
+        for name, found in wanted.items()
+    }
     first = next(iter(feeds()), None)
     if first is None:
         raise QuantizationError(

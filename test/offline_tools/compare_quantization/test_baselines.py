@@ -48,7 +48,7 @@ def _check(tool: Tool, method: str, dit: Path, tmp_path: Path) -> None:
     before = {path.name: sha256_of_file(path) for path in dit.parent.iterdir()}
     layers = [one for one in find_layers(load_graph(dit)) if one.operator == "MatMul"]
     target = tmp_path / "dit.onnx"
-    tool(dit, target, _feeds(), [one.node for one in layers], method)
+    tool(dit, target, _feeds(), [one.nodes[0] for one in layers], method)
     assert {path.name: sha256_of_file(path) for path in dit.parent.iterdir()} == before
     found = {one.layer for one in audit_graph(target, None) if one.verdict is Precision.INT8}
     assert found == {one.name for one in layers}
@@ -81,7 +81,7 @@ def test_modelopt_does_too_and_onnxruntime_still_works_after_it(dit: Path, tmp_p
 def test_samples_of_several_lengths_are_refused_where_onnxruntime_cannot_take_them(
     dit: Path, tmp_path: Path
 ) -> None:
-    layers = [one.node for one in find_layers(load_graph(dit))]
+    layers = [one.nodes[0] for one in find_layers(load_graph(dit))]
     with pytest.raises(ConfigurationError, match="different lengths"):
         quantize_with_onnxruntime(dit, tmp_path / "out.onnx", _feeds((40, 41)), layers, "entropy")
     quantize_with_onnxruntime(dit, tmp_path / "out.onnx", _feeds((40, 41)), layers, "max")

@@ -45,6 +45,24 @@ def test_regions_that_are_not_opened_are_unknown_and_never_a_pass() -> None:
     assert "ForeignNode" in verdicts[0].evidence
 
 
+def test_an_unrolled_layer_is_int8_only_if_the_product_of_every_step_is() -> None:
+    def product(step: int, kernel: str) -> EngineLayer:
+        number = f"_{step}" if step else ""
+        node = f"blocks.0.to_q/MatMul{number}"
+        return EngineLayer(node, "Gemm", (), (), kernel, (node,))
+
+    region = EngineLayer("{ForeignNode[a...b]}", "Myelin", (), (), "", ())
+    wanted, products = {"blocks.0.to_q": Precision.INT8}, {"blocks.0.to_q": 2}
+    int8, floating = product(0, "sm80_xmma_gemm_i8i8_i8i32"), product(1, "sm80_gemm_f16f16")
+    for layers, verdict in (
+        ([int8, product(1, int8.kernel)], Precision.INT8),
+        ([int8, floating], Precision.FLOAT),
+        ([int8, region], Precision.UNKNOWN),
+        ([int8], Precision.UNKNOWN),
+    ):
+        assert judge(layers, wanted, products=products)[0].verdict is verdict
+
+
 def test_kernels_that_ran_prove_an_engine_with_qdq() -> None:
     verdicts = _judge("qdq_dit", Precision.INT8, with_kernels=True)
     assert count(verdicts) == {Precision.INT8: 32, Precision.FLOAT: 0, Precision.UNKNOWN: 0}

@@ -75,6 +75,44 @@ def two_products(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+@pytest.fixture
+def unrolled(tmp_path: Path) -> Callable[[NDArray[Any], int], Path]:
+    """Writes `x += 3 tanh(x W)`, so many times with the one W, as unrolled Euler steps do."""
+
+    def write(weight: NDArray[Any], steps: int) -> Path:
+        helper, dtype = onnx.helper, onnx.TensorProto.FLOAT
+        nodes, before = [], "x"
+        for step in range(steps):
+            after = "y" if step == steps - 1 else f"x{step + 1}"
+            name = f"step.proj/MatMul_{step}" if step else "step.proj/MatMul"
+            names = [f"product{step}", f"tanh{step}", f"change{step}"]
+            nodes += [
+                helper.make_node("MatMul", [before, "step.proj.weight"], names[:1], name=name),
+                helper.make_node("Tanh", names[:1], names[1:2]),
+                helper.make_node("Mul", [names[1], "gain"], names[2:]),
+                helper.make_node("Add", [before, names[2]], [after]),
+            ]
+            before = after
+        rows = helper.make_tensor_value_info("x", dtype, [9, len(weight)])
+        graph = helper.make_graph(
+            nodes,
+            "unrolled",
+            [rows],
+            [helper.make_tensor_value_info("y", dtype, [9, len(weight)])],
+            [
+                onnx.numpy_helper.from_array(weight, "step.proj.weight"),
+                onnx.numpy_helper.from_array(np.float32(3.0), "gain"),
+            ],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        path = tmp_path / "float" / "graph.onnx"
+        path.parent.mkdir()
+        onnx.save(onnx.shape_inference.infer_shapes(model), str(path))
+        return path
+
+    return write
+
+
 @pytest.fixture(scope="session")
 def capture_into() -> Callable[[Path, Path, int, Path], Path]:
     """Captures a float bundle's inputs on a dataset into a store, as `calibrate` does."""

@@ -17,13 +17,16 @@ from groot_int8_ros.errors import QuantizationError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.quantization import LayerScheme
+from groot_int8_ros.policy.types import Float32Array
 from offline_tools.engine.rtx import check_build
+from offline_tools.engine.verdicts import Precision
 from offline_tools.quantize import arithmetic
 from offline_tools.quantize.arithmetic import hadamard
+from offline_tools.quantize.graph_audit import audit_graph
 from offline_tools.quantize.layers import find_layers, load_graph
 from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.ranges import static_range
-from offline_tools.quantize.statistics import GraphStatistics, collect
+from offline_tools.quantize.statistics import GraphStatistics, collect, migration_sizes
 
 Feeds = Callable[[], Iterator[Mapping[str, NDArray[Any]]]]
 
@@ -69,7 +72,7 @@ def _expected(
     columns: list[NDArray[Any]] = [weight.astype(np.float32) for weight in weights]
     if scheme.migration_alpha is not None:
         weight_max = np.max([np.abs(weight).max(axis=1) for weight in columns], axis=0)
-        sizes = seen.inputs["x"].migration_sizes(scheme)
+        sizes = migration_sizes([seen.inputs["x"]], scheme)
         s = arithmetic.migration_factors(sizes, weight_max, scheme.migration_alpha)
         rows, columns = rows / s, [weight * s[:, None] for weight in columns]
     if scheme.rotation is not None:
@@ -195,6 +198,55 @@ def test_tensorrt_rtx_builds_every_quantised_graph(
     lengths = {"batch": 1, "sequence": 256, "images": 2}
     result = check_build(target, opened.manifest.graphs[graph], lengths)
     assert result.engine_bytes > 0
+
+
+@BY_NAME
+def test_a_weight_that_every_denoising_step_uses_is_stored_once_with_a_scale_a_step(
+    unrolled: Callable[[NDArray[Any], int], Path], tmp_path: Path, scheme: LayerScheme
+) -> None:
+    random = np.random.RandomState(2)
+    weight = np.asarray(random.standard_normal((16, 16)) / 4, np.float32)
+    source, target = unrolled(weight, 3), tmp_path / "int8" / "graph.onnx"
+    x = _input(np.float32)
+    x[6, 1] = 1.0
+    seen = _statistics(source, x)
+    quantize_graph(source, target, {"step.proj": scheme}, seen)
+    uses = [seen.inputs[name] for name in ("x", "x1", "x2")]
+    columns: Float32Array = weight
+    mixing: Float32Array = np.eye(16, dtype=np.float32)
+    s: Float32Array = np.ones(16, np.float32)
+    if scheme.migration_alpha is not None:
+        sizes = migration_sizes(uses, scheme)
+        weight_max = np.abs(weight).max(axis=1)
+        s = arithmetic.migration_factors(sizes, weight_max, scheme.migration_alpha)
+        columns = np.asarray(weight * s[:, None], np.float32)
+    if scheme.rotation is not None:
+        blocks = np.eye(16 // scheme.rotation, dtype=np.float32)
+        mixing = np.asarray(np.kron(blocks, hadamard(scheme.rotation)), np.float32)
+        columns = np.asarray(mixing.T @ columns, np.float32)
+    restored_weight = arithmetic.dequantised_weight(columns)
+    wanted: NDArray[Any] = x
+    for use in uses:
+        rows: Float32Array = np.asarray((wanted / s) @ mixing, np.float32)
+        if scheme.activation == "row":
+            restored = arithmetic.row_input(rows)
+        elif scheme.migration_alpha is not None:
+            restored = arithmetic.static_input(rows, float((use.channel_max / s).max()) / 127)
+        else:
+            assert scheme.range_method is not None
+            top = static_range(use.histogram, scheme.range_method)
+            restored = arithmetic.static_input(rows, top / 127)
+        wanted = wanted + 3.0 * np.tanh(restored @ restored_weight)
+    engine = OnnxRuntimeEngine(target)
+    found = engine.run({"x": x})["y"]
+    engine.close()
+    assert np.abs(found - wanted).max() < 1e-3 * np.abs(wanted).max()
+    graph = onnx.load(str(target)).graph
+    stored = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
+    assert [tensor.name for tensor in stored if len(tensor.dims) == 2] == ["step.proj.weight.int8"]
+    assert "step.proj.weight" not in {tensor.name for tensor in graph.initializer}
+    verdict = next(one for one in audit_graph(target, None) if one.layer == "step.proj")
+    assert (verdict.layer, verdict.verdict, verdict.products) == ("step.proj", Precision.INT8, 3)
 
 
 def test_a_plan_for_another_model_is_refused(

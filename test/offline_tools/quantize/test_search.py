@@ -17,7 +17,7 @@ STATIC, ROW = LayerScheme("static", "max"), LayerScheme("row")
 
 
 def _group(name: str, static: float, row: float, size: int = 10) -> Group:
-    layer = Layer(name, f"{name}/MatMul", "MatMul", f"{name}.x", f"{name}.w", size, size, 1)
+    layer = Layer(name, (f"{name}/MatMul",), "MatMul", (f"{name}.x",), f"{name}.w", size, size, 1)
     return Group("dit", (layer,), {STATIC: static, ROW: row})
 
 
