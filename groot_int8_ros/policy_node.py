@@ -35,6 +35,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import ActionChunk
 from groot_int8_ros.ros.diagnostics import (
     InferenceRecord,
@@ -98,6 +99,8 @@ class PolicyNode(ManagedNode):
         self.get_logger().info(f"loading bundle {folder} with {parameters.engine}")
         policy = Policy.load(folder, engine=parameters.engine, threads=parameters.threads or None)
         self._policy = policy
+        if isinstance(policy.graphs, ReferenceGraphs):
+            self.get_logger().warning(policy.graphs.describe_cost())
         robot = self._node_parameters.declare_robot(policy.robot)
         self._writer = TrajectoryWriter(robot.action_joints)
         self._streams = ObservationStreams(self, robot.cameras, robot.state_joints, parameters)
@@ -112,10 +115,14 @@ class PolicyNode(ManagedNode):
             "checkpoint sha256": policy.manifest.checkpoint_sha256,
             "exporter version": policy.manifest.exporter_version,
             "embodiment": policy.manifest.embodiment,
+            "graphs": policy.manifest.family,
+            "instructions": "; ".join(policy.instructions) or "any",
             "denoising steps": str(policy.manifest.denoising_steps),
             "engine": parameters.engine,
             "image converter": self._streams.bridge_name,
         }
+        for fault in self._streams.unusable_frames():
+            self.get_logger().error(fault)
         self._configured = True
 
     def _activate(self) -> None:

@@ -200,16 +200,24 @@ class Policy:
             },
             instruction=instruction,
         )
-        for text in (instruction, *self.instructions, "warm up"):
-            try:
-                self.infer(replace(observation, instruction=text))
-            except ObservationError:
-                continue
-            return
-        assert isinstance(self.graphs, DeployedGraphs)
-        inputs = self.graphs.blank(observation)
-        noise = draw_noise(DEFAULT_SEED, 0, self.noise_shape)
-        self.graphs.actions(inputs, self.graphs.features(inputs), noise)
+        graphs = self.graphs
+        if isinstance(graphs, DeployedGraphs) and not self._knows(instruction):
+            if not self.instructions:
+                inputs = graphs.blank(observation)
+                noise = draw_noise(DEFAULT_SEED, 0, self.noise_shape)
+                graphs.actions(inputs, graphs.features(inputs), noise)
+                return
+            instruction = self.instructions[0]
+        elif not self._knows(instruction):
+            instruction = "warm up"
+        self.infer(replace(observation, instruction=instruction))
+
+    def _knows(self, instruction: str) -> bool:
+        try:
+            self.check_instruction(instruction)
+        except ObservationError:
+            return False
+        return True
 
     @contextmanager
     def observed(self, observer: GraphObserver) -> Iterator[None]:

@@ -224,12 +224,7 @@ class PromptBank:
                 bundle; the message says so.
             ObservationError: It is longer than the graphs have room for.
         """
-        if input_ids.size > self._length:
-            raise ObservationError(
-                f"the instruction's prefix has {input_ids.size} tokens, and the bundle's graphs "
-                f"have room for {self._length}. Shorten it, or export again: groot-int8 export "
-                f"--max-prefix-tokens {-(-input_ids.size // 8) * 8}"
-            )
+        self.check_length(input_ids)
         key = _key(input_ids)
         if key in self._ready or key in self._files:
             return
@@ -245,6 +240,15 @@ class PromptBank:
             + f"In the bundle are: {known}. To add it: groot-int8 add-instruction --bundle "
             f"{self._folder} TEXT"
         )
+
+    def check_length(self, input_ids: Int64Array) -> None:
+        """Raise `ObservationError` if a prefix is longer than the graphs have room for."""
+        if input_ids.size > self._length:
+            raise ObservationError(
+                f"the instruction's prefix has {input_ids.size} tokens, and the bundle's graphs "
+                f"have room for {self._length}. Shorten it, or export again: groot-int8 export "
+                f"--max-prefix-tokens {-(-input_ids.size // 8) * 8}"
+            )
 
     def add(self, prefix: PromptPrefix) -> None:
         """Take in a prefix that was computed since; it is forgotten when the policy is closed.

@@ -42,6 +42,21 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class InstructionCheck:
+    """What there is to say of an instruction.
+
+    Attributes:
+        instruction: Which; None if none was checked yet.
+        fault: Why it cannot be answered, or None.
+        pending: Whether that will mend itself: its prefix is being computed.
+    """
+
+    instruction: str | None
+    fault: str | None = None
+    pending: bool = False
+
+
+@dataclass(frozen=True)
 class InferenceReport:
     """What the worker has done since it was made.
 
@@ -51,8 +66,7 @@ class InferenceReport:
         holds: Reason to number of attempts that were held for it.
         errors: Exception type to number of inferences that failed with it.
         hold: Why the newest attempt gave no chunk, or None.
-        checked_instruction: The instruction that was checked last, and why it cannot be used or
-            None.
+        checked_instruction: What was found of the instruction that was checked last.
         latencies: Stage to its wall times; the warm-up is not counted.
     """
 
@@ -61,7 +75,7 @@ class InferenceReport:
     holds: Mapping[str, int] = field(default_factory=dict)
     errors: Mapping[str, int] = field(default_factory=dict)
     hold: Hold | None = None
-    checked_instruction: tuple[str | None, str | None] = (None, None)
+    checked_instruction: InstructionCheck = InstructionCheck(None)
     latencies: Mapping[str, Latency] = field(default_factory=dict)
 
 
@@ -71,7 +85,7 @@ class InferenceRecord:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._state = "stopped"
-        self._checked_instruction: tuple[str | None, str | None] = (None, None)
+        self._checked_instruction = InstructionCheck(None)
         self._chunks = 0
         self._holds: Counter[str] = Counter()
         self._errors: Counter[str] = Counter()
@@ -104,13 +118,13 @@ class InferenceRecord:
             return self._chunks
 
     @property
-    def checked_instruction(self) -> tuple[str | None, str | None]:
-        """The instruction that was checked last, and why it cannot be used or None."""
+    def checked_instruction(self) -> InstructionCheck:
+        """What was found of the instruction that was checked last."""
         with self._lock:
             return self._checked_instruction
 
     @checked_instruction.setter
-    def checked_instruction(self, checked: tuple[str | None, str | None]) -> None:
+    def checked_instruction(self, checked: InstructionCheck) -> None:
         with self._lock:
             self._checked_instruction = checked
 
@@ -246,11 +260,12 @@ def stream_status(status: StreamStatus, now_ns: int, max_age_s: float) -> Diagno
 
 def _instruction(report: NodeReport) -> DiagnosticStatus:
     values = {"instruction": report.instruction[:200]}
-    checked, fault = report.inference.checked_instruction
-    if checked != report.instruction:
+    checked = report.inference.checked_instruction
+    if checked.instruction != report.instruction:
         return status_message("instruction", STALE, "not checked yet", values)
-    if fault:
-        return status_message("instruction", ERROR, fault, values)
+    if checked.fault:
+        level = WARN if checked.pending else ERROR
+        return status_message("instruction", level, checked.fault, values)
     return status_message("instruction", OK, "accepted", values)
 
 

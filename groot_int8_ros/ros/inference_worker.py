@@ -22,12 +22,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from groot_int8_ros.errors import GrootError, ObservationError
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk, Observation
 from groot_int8_ros.ros.diagnostics import InferenceRecord
+from groot_int8_ros.ros.instruction_gate import InstructionGate
 from groot_int8_ros.ros.observation_buffer import (
     USED,
     Hold,
@@ -103,6 +102,7 @@ class InferenceWorker:
         self._host = host
         self._record = record
         self._logger = logger
+        self._instructions = InstructionGate(policy, logger.info)
         self._stopping = threading.Event()
         self._warm = threading.Event()
         self._warm_up_error: Exception | None = None
@@ -147,7 +147,7 @@ class InferenceWorker:
     def _run(self) -> None:
         try:
             self._record.enter("warming up")
-            self._warm_up()
+            self._policy.warm_up(self._host.instruction())
         except Exception as error:
             self._warm_up_error = error
             self._record.enter("stopped")
@@ -155,6 +155,12 @@ class InferenceWorker:
         finally:
             self._warm.set()
         self._record.enter("waiting")
+        try:
+            self._answer_until_stopped()
+        finally:
+            self._instructions.close()
+
+    def _answer_until_stopped(self) -> None:
         version, due_s = 0, time.monotonic()
         while not self._stopping.is_set():
             version = self._buffer.wait(version, _IDLE_CHECK_S)
@@ -169,8 +175,9 @@ class InferenceWorker:
     def _attempt(self, now_s: float, period_s: float) -> bool:
         """Run the policy if there is something to run it on; return whether it was tried."""
         instruction = self._host.instruction()
-        fault = self._instruction_fault(instruction)
-        if fault:
+        checked = self._instructions.check(instruction)
+        self._record.checked_instruction = checked
+        if (fault := checked.fault) is not None:
             self._wait_for_better(Hold(INSTRUCTION, fault), now_s, period_s)
             return False
         parameters = self._host.parameters()
@@ -227,38 +234,6 @@ class InferenceWorker:
             self._host.publish(chunk, snapshot, instruction, self._record.chunks)
             self._record.published(chunk.timings_s)
         return None
-
-    def _instruction_fault(self, instruction: str) -> str | None:
-        checked, fault = self._record.checked_instruction
-        if checked == instruction:
-            return fault
-        try:
-            self._policy.check_instruction(instruction)
-        except ObservationError as error:
-            fault = str(error)
-        else:
-            fault = None
-        self._record.checked_instruction = (instruction, fault)
-        return fault
-
-    def _warm_up(self) -> None:
-        instruction = self._host.instruction()
-        if self._instruction_fault(instruction):
-            instruction = "warm up"
-        robot = self._policy.robot
-        self._policy.infer(
-            Observation(
-                images={
-                    camera.key: np.zeros((camera.height, camera.width, 3), np.uint8)
-                    for camera in robot.cameras
-                },
-                state={
-                    key: np.zeros(len(joints), np.float32)
-                    for key, joints in robot.state_joints.items()
-                },
-                instruction=instruction,
-            )
-        )
 
     def _log(self, hold: Hold | None) -> None:
         # What is new is told at once, the same thing again only now and then, also when it comes

@@ -13,8 +13,10 @@ from typing import Any
 
 from rclpy.node import Node
 from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.types import Float32Array, JointSpec, Observation, UInt8Array
 from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
 from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
@@ -23,10 +25,18 @@ from groot_int8_ros.ros.parameters import CameraParameters, NodeParameters
 
 JOINT_STATE = "joint_state"
 
+# A camera at 5 Hz, seen by a subscription that is new.
+_FIRST_FRAME_S = 0.3
+
 
 def camera_stream_name(key: str) -> str:
     """Return the name of a camera's stream."""
     return f"camera {key}"
+
+
+def _message_type(camera: CameraParameters) -> type[Any]:
+    kinds: dict[str, type[Any]] = {"raw": Image, "compressed": CompressedImage}
+    return kinds[camera.transport]
 
 
 class ObservationStreams:
@@ -56,7 +66,7 @@ class ObservationStreams:
         self._seen = seen
         self._cameras = tuple(cameras)
         self.bridge_name, self._bridge = load_bridge()
-        qos = QoSProfile(
+        self._qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
             depth=parameters.sensor_qos_depth,
             reliability=(
@@ -68,7 +78,7 @@ class ObservationStreams:
         inputs: list[tuple[str, Any, str, bool]] = [
             (
                 camera_stream_name(camera.key),
-                CompressedImage if camera.transport == "compressed" else Image,
+                _message_type(camera),
                 camera.topic,
                 True,
             )
@@ -76,7 +86,7 @@ class ObservationStreams:
         ]
         inputs.append((JOINT_STATE, JointState, parameters.joint_state_topic, False))
         self._subscriptions = [
-            node.create_subscription(kind, topic, partial(self._store, name), qos)
+            node.create_subscription(kind, topic, partial(self._store, name), self._qos)
             for name, kind, topic, _ in inputs
         ]
         self.buffer = ObservationBuffer(
@@ -115,6 +125,31 @@ class ObservationStreams:
         """
         return self._joint_states.read(snapshot.samples[JOINT_STATE].message)
 
+    def unusable_frames(self) -> list[str]:
+        """Say which cameras send frames that the policy cannot use, of another size for example.
+
+        Only what can be seen now is judged: cameras whose publisher is known already and sends a
+        frame within a moment. The others are judged when they are used.
+        """
+        faults = []
+        for camera in self._cameras:
+            name = camera_stream_name(camera.key)
+            if not self._node.count_publishers(self._topics[name]):
+                continue
+            came, message = wait_for_message(
+                _message_type(camera),
+                self._node,
+                camera.topic,
+                qos_profile=self._qos,
+                time_to_wait=_FIRST_FRAME_S,
+            )
+            if came:
+                try:
+                    self._rgb(camera, message)
+                except ObservationError as error:
+                    faults.append(str(error))
+        return faults
+
     def close(self) -> None:
         """Remove the subscriptions."""
         for subscription in self._subscriptions:
@@ -128,8 +163,10 @@ class ObservationStreams:
 
     def _frame(self, camera: CameraParameters, snapshot: Snapshot) -> UInt8Array:
         name = camera_stream_name(camera.key)
-        message, topic = snapshot.samples[name].message, self._topics[name]
-        size = camera.height, camera.width
+        return self._rgb(camera, snapshot.samples[name].message)
+
+    def _rgb(self, camera: CameraParameters, message: Any) -> UInt8Array:
+        topic, size = self._topics[camera_stream_name(camera.key)], (camera.height, camera.width)
         if camera.transport == "compressed":
             return rgb_from_compressed_image(message, topic, size)
         return rgb_from_image(message, topic, size, self._bridge)

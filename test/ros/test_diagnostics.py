@@ -8,7 +8,12 @@ pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
 from diagnostic_msgs.msg import DiagnosticStatus
 
-from groot_int8_ros.ros.diagnostics import InferenceRecord, NodeReport, diagnostic_array
+from groot_int8_ros.ros.diagnostics import (
+    InferenceRecord,
+    InstructionCheck,
+    NodeReport,
+    diagnostic_array,
+)
 from groot_int8_ros.ros.observation_buffer import Hold, Stream, StreamStatus
 
 NOW = 1_700_000_000_500_000_000
@@ -87,8 +92,8 @@ def test_each_stream_is_judged_by_its_own_age() -> None:
 
 def test_verdict_on_another_instruction_is_not_passed_off_as_this_ones() -> None:
     record = InferenceRecord()
-    record.checked_instruction = ("old", None)
+    record.checked_instruction = InstructionCheck("old")
     assert statuses(record, instruction="new")["instruction"].level == DiagnosticStatus.STALE
-    record.checked_instruction = ("new", "too long")
+    record.checked_instruction = InstructionCheck("new", "too long")
     status = statuses(record, instruction="new")["instruction"]
     assert (status.level, status.message) == (DiagnosticStatus.ERROR, "too long")
