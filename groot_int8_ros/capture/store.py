@@ -576,9 +576,10 @@ class CaptureStore:
         if lacking:
             raise CaptureError(
                 f"{len(lacking)} of {len(self)} samples in {self.folder} lack the inputs of "
-                f"{graph}, as those of a live recorder do (first: {lacking[0].source}). Compute "
+                f"{graph} (first: {lacking[0].source}). For those of a live recorder compute "
                 f"them: groot-int8 calibrate --bundle BUNDLE --complete {self.folder} "
-                "--output NEW_FOLDER"
+                "--output NEW_FOLDER. An import holds one graph's inputs and no more: capture "
+                "again for the other"
             )
         return Feeds(self, graph, self.meta.denoising_steps if graph == "dit" else 1)
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.capture.store import CaptureStore, CaptureWriter
 from groot_int8_ros.errors import (
     BundleError,
     CaptureError,
@@ -254,6 +254,18 @@ def test_a_limit_in_joint_units_binds(fp16_bundle: Path, store: Path, tmp_path: 
         _quantize(replace(options, max_joint_error={"leg": 1.0}))
 
 
+def test_auto_keeps_a_limit_in_joint_units(fp16_bundle: Path, store: Path, tmp_path: Path) -> None:
+    patterns = ("transformer_blocks.*",)
+    every = _quantize(_options(fp16_bundle, store, tmp_path / "row", layers=patterns))
+    limit = every.errors.max_error["single_arm"] / 2
+    options = _options(fp16_bundle, store, tmp_path / "auto", scheme="auto", layers=patterns)
+    result = _quantize(replace(options, max_joint_error={"single_arm": limit}))
+    assert result.errors.max_error["single_arm"] <= limit
+    record = result.manifest.graphs["dit"].quantization
+    assert record is not None
+    assert 0 < len(record.layers) < len(result.layers["dit"])
+
+
 def test_a_budget_that_no_int8_layer_meets_is_refused_with_numbers(
     fp16_bundle: Path, store: Path, tmp_path: Path
 ) -> None:
@@ -299,6 +311,28 @@ def test_a_set_too_small_to_judge_on_is_refused(
     single = capture_into(fp16_bundle, tiny_dataset, 1, tmp_path / "single")
     with pytest.raises(QuantizationError, match=r"1 sample\(s\).*at least 2"):
         _quantize(_options(fp16_bundle, single, tmp_path / "int8"))
+
+
+def test_a_small_set_is_told_and_goes_into_the_manifest(
+    fp16_bundle: Path, store: Path, tmp_path: Path
+) -> None:
+    count = len(CaptureStore.open(store))
+    assert count < 32
+    told: list[str] = []
+    options = _options(fp16_bundle, store, tmp_path / "int8", layers=("*.to_q",))
+    result = quantize_bundle(options, told.append)
+    assert f"note: only {count} calibration samples; static ranges are guesses" in told
+    assert f"calibrated on {count} samples only" in result.manifest.notes
+
+
+def test_an_empty_set_is_refused(fp16_bundle: Path, store: Path, tmp_path: Path) -> None:
+    meta = CaptureStore.open(store).meta
+    CaptureWriter(tmp_path / "empty", meta)
+    with pytest.raises(CaptureError, match=r"holds no samples.*groot-int8 calibrate"):
+        _quantize(_options(fp16_bundle, tmp_path / "empty", tmp_path / "int8"))
+    with pytest.raises(CaptureError, match=r"no capture store.*groot-int8 calibrate"):
+        _quantize(_options(fp16_bundle, tmp_path / "nothing", tmp_path / "int8"))
+    assert not (tmp_path / "int8").exists()
 
 
 def test_a_pattern_that_names_nothing_is_refused(
