@@ -7,6 +7,9 @@ by the same functions.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Iterable
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,6 +50,21 @@ def quantise(values: Float32Array, scale: Float32Array | np.float32) -> NDArray[
     return codes
 
 
+def input_channel_max(weights: Iterable[Float32Array]) -> Float32Array:
+    """Return the largest magnitude of each input channel over weights that share an input.
+
+    Args:
+        weights: At least one, float32 (K, N) each; read one at a time.
+
+    Returns:
+        float32 (K,).
+    """
+    largest: Float32Array = functools.reduce(
+        np.maximum, (np.abs(weight).max(axis=1) for weight in weights)
+    )
+    return largest
+
+
 def migration_factors(
     channel_sizes: Float32Array, weight_max: Float32Array, alpha: float
 ) -> Float32Array:
@@ -58,7 +76,7 @@ def migration_factors(
 
     Args:
         channel_sizes: Size of each input channel, float32 (K,), the maximum in the paper; see
-            `InputStatistics.migration_sizes`.
+            `statistics.migration_sizes`.
         weight_max: Largest magnitude of each row of the weights that share the input, float32
             (K,).
         alpha: From 0 to 1.

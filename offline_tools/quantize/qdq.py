@@ -48,6 +48,7 @@ from groot_int8_ros.policy.types import Float32Array
 from offline_tools.quantize.arithmetic import (
     SMALLEST_ROW_MAX,
     hadamard,
+    input_channel_max,
     migration_factors,
     quantise,
     transformed_weight,
@@ -60,7 +61,7 @@ from offline_tools.quantize.layers import (
     load_graph,
     read_weight,
 )
-from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
+from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX
 from offline_tools.quantize.statistics import (
     GraphStatistics,
     InputStatistics,
@@ -189,25 +190,14 @@ def _prepare(
             )
     if scheme.migration_alpha is not None:
         assert seen is not None
-        weight_max = np.zeros_like(seen[0].channel_max)
-        for layer in layers:
-            np.maximum(weight_max, np.abs(rewriter.weight(layer)).max(axis=1), out=weight_max)
+        weight_max = input_channel_max(rewriter.weight(layer) for layer in layers)
         factors = migration_factors(
             migration_sizes(seen, scheme), weight_max, scheme.migration_alpha
         )
     if scheme.activation == "static":
         assert seen is not None
-        scales = tuple(_static_scale(use, scheme, factors, percentile) for use in seen)
+        scales = tuple(use.static_scale(scheme, factors, percentile) for use in seen)
     return _Quantiser(scheme, tuple(layers), factors, scales)
-
-
-def _static_scale(
-    use: InputStatistics, scheme: LayerScheme, factors: Float32Array | None, percentile: float
-) -> float:
-    if factors is not None:
-        return (float((use.channel_max / factors).max()) or 1.0) / INT8_MAX
-    assert scheme.range_method is not None
-    return static_range(use.histogram, scheme.range_method, percentile) / INT8_MAX
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from groot_int8_ros.policy.quantization import SAMPLED_RANGE_METHODS, LayerSchem
 from groot_int8_ros.policy.types import Float32Array, Float64Array
 from offline_tools.quantize import arithmetic
 from offline_tools.quantize.layers import Layer, groups, load_graph, read_weight
-from offline_tools.quantize.ranges import DEFAULT_PERCENTILE, INT8_MAX, static_range
+from offline_tools.quantize.ranges import DEFAULT_PERCENTILE
 from offline_tools.quantize.statistics import (
     GraphStatistics,
     InputStatistics,
@@ -129,9 +129,7 @@ def _errors(
     schemes: Sequence[LayerScheme],
     percentile: float,
 ) -> dict[LayerScheme, float]:
-    weight_max = np.zeros_like(uses[0].channel_max)
-    for layer in layers:
-        np.maximum(weight_max, np.abs(weight_of(layer)).max(axis=1), out=weight_max)
+    weight_max = arithmetic.input_channel_max(weight_of(layer) for layer in layers)
     # Schemes that change the weight alike share its quantised form.
     alike: dict[_Change, list[LayerScheme]] = {}
     for scheme in schemes:
@@ -185,12 +183,7 @@ def _quantised_rows(
         rows = arithmetic.rotated(rows, scheme.rotation)
     if scheme.activation == "row":
         return arithmetic.row_input(rows)
-    if factors is None:
-        assert scheme.range_method is not None
-        top = static_range(seen.histogram, scheme.range_method, percentile)
-    else:
-        top = float((seen.channel_max / factors).max()) or 1.0
-    return arithmetic.static_input(rows, top / INT8_MAX)
+    return arithmetic.static_input(rows, seen.static_scale(scheme, factors, percentile))
 
 
 def _squares(values: Float32Array) -> Float64Array:

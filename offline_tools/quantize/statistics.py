@@ -28,6 +28,7 @@ from groot_int8_ros.policy.types import Float32Array, Float64Array
 from offline_tools.quantize.arithmetic import SMALLEST_ROW_MAX
 from offline_tools.quantize.histogram import MagnitudeHistogram
 from offline_tools.quantize.layers import Layer, find_layers, load_graph
+from offline_tools.quantize.ranges import INT8_MAX, static_range
 
 # Graph name -> its feeds, batch 1, from the first one on at every call.
 Feeds = Callable[[str], Iterator[Mapping[str, NDArray[Any]]]]
@@ -54,6 +55,22 @@ class InputStatistics:
     channel_max: Float32Array
     channel_level: Float32Array
     rows: Float32Array
+
+    def static_scale(
+        self, scheme: LayerScheme, factors: Float32Array | None, percentile: float
+    ) -> float:
+        """Return the step of int8 under a `static` scheme.
+
+        Args:
+            scheme: With a range method that looks at samples.
+            factors: What migration divides the channels by, float32 (K,), or None.
+            percentile: Of the range method of that name.
+        """
+        if factors is not None:
+            # Migration takes the range method `max`: `LayerScheme` allows no other.
+            return (float((self.channel_max / factors).max()) or 1.0) / INT8_MAX
+        assert scheme.range_method is not None
+        return static_range(self.histogram, scheme.range_method, percentile) / INT8_MAX
 
 
 def migration_sizes(uses: Sequence[InputStatistics], scheme: LayerScheme) -> Float32Array:
