@@ -33,7 +33,7 @@ from onnxruntime.quantization import (
     quantize_static,
 )
 
-from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.errors import ConfigurationError, QuantizationError
 from offline_tools.compare_quantization.samples import Feeds
 
 ORT_METHODS = {
@@ -90,13 +90,12 @@ def quantize_with_onnxruntime(
         method: A key of `ORT_METHODS`.
 
     Raises:
-        ConfigurationError: The method takes samples of one length only, and these are not.
+        QuantizationError: The method takes samples of one length only, and these are not.
     """
     if method in ORT_METHODS_OF_ONE_LENGTH and not _same_shapes(feeds):
-        raise ConfigurationError(
+        raise QuantizationError(
             f"ONNX Runtime's {method} calibration fails on samples of different lengths, and the "
-            f"dataset's instructions have several: leave out --schemes onnxruntime-{method}, or "
-            "give a dataset with one instruction"
+            "dataset's instructions have several: give a dataset with one instruction"
         )
     large = _size(graph) > _LARGEST_IN_ONE_FILE_BYTES
     with _copied(graph) as copy, _quiet():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -92,19 +91,16 @@ def run(args: argparse.Namespace) -> int:
     schemes = _runnable(args.schemes)
     rows: list[Row] = []
     refusals: list[Refusal] = []
-    with (
-        atomic_directory(args.output) as folder,
-        tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work,
-    ):
-        for model, source in _models(args, Path(work)):
-            if not rows:
-                print(table.header(list(model.errors(model.evaluation.action_pred).by_unit)))
-            for result in _compare(args, model, source, schemes, Path(work) / "quantised"):
-                if isinstance(result, Row):
-                    rows.append(result)
-                else:
-                    refusals.append(result)
-        shutil.rmtree(work)
+    with atomic_directory(args.output) as folder:
+        with tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as work:
+            for model, source in _models(args, Path(work)):
+                if not rows:
+                    print(table.header(list(model.errors(model.evaluation.action_pred).by_unit)))
+                for result in _compare(args, model, source, schemes, Path(work) / "quantised"):
+                    if isinstance(result, Row):
+                        rows.append(result)
+                    else:
+                        refusals.append(result)
         said = table.verdicts(rows, refusals)
         report = {
             "version": __version__,
@@ -120,7 +116,6 @@ def run(args: argparse.Namespace) -> int:
         text = json.dumps(report, indent=1, allow_nan=False)
         (folder / "comparison.json").write_text(text + "\n", encoding="utf-8")
         table.draw(folder / "comparison.png", rows)
-        Path(work).mkdir()
     print("\n".join(["", *said]))
     return 0
 

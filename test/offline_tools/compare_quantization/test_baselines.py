@@ -9,7 +9,7 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.errors import ConfigurationError, QuantizationError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import sha256_of_file
 from offline_tools.compare_quantization.baselines import (
@@ -82,7 +82,7 @@ def test_samples_of_several_lengths_are_refused_where_onnxruntime_cannot_take_th
     dit: Path, tmp_path: Path
 ) -> None:
     layers = [one.nodes[0] for one in find_layers(load_graph(dit))]
-    with pytest.raises(ConfigurationError, match="different lengths"):
+    with pytest.raises(QuantizationError, match="different lengths"):
         quantize_with_onnxruntime(dit, tmp_path / "out.onnx", _feeds((40, 41)), layers, "entropy")
     quantize_with_onnxruntime(dit, tmp_path / "out.onnx", _feeds((40, 41)), layers, "max")
 

@@ -36,7 +36,7 @@ def compared(
     """The comparison on a checkpoint with channel outliers, with recorded observations."""
     output = tmp_path_factory.mktemp("compared") / "report"
     options = ("--calibration-samples", 4, "--evaluation-samples", 2, "--denoising-steps", 2)
-    schemes = ("static-max", "row", "row-smooth", "onnxruntime-max")
+    schemes = ("static-max", "row", "row-smooth", "auto", "onnxruntime-max")
     code = _compare(
         output,
         *("--checkpoint", minimal_checkpoint, "--dataset", tiny_dataset),
@@ -52,6 +52,15 @@ def test_row_fails_on_channel_outliers_and_migration_mends_it(compared: Path) ->
     assert error["row"] > 2.0 * error["row-smooth"]
     assert error["static-max"] > 2.0 * error["row"]
     assert error["fp16"] < error["bf16"] < error["row-smooth"]
+
+
+def test_auto_reaches_bfloat16_where_no_scheme_for_all_layers_does(compared: Path) -> None:
+    rows = _rows(compared)
+    error = {name: row["errors"]["relative_l2"] for name, row in rows.items()}
+    # Its budget is bfloat16's error on other observations, and these are four.
+    limit = 1.1 * error["bf16"]
+    assert error["auto"] < limit < min(error[n] for n in ("static-max", "row", "row-smooth"))
+    assert 0 < rows["auto"]["int8_layers"] < rows["auto"]["layers"]
 
 
 def test_our_static_maximum_is_onnxruntimes(compared: Path) -> None:
