@@ -397,7 +397,7 @@ def test_played_bag_gives_the_arrays_that_are_read_from_the_bag_itself(
     assert recorder.end(signal.SIGINT) == 0, recorder.text()
     wanted = {sample.stamp_ns: sample.arrays() for sample in read.store.samples()}
     samples = list(CaptureStore.open(tmp_path / "store").samples())
-    assert len(samples) >= 10
+    assert len(samples) >= 3
     for sample in samples:
         found = sample.arrays()
         assert found.keys() == wanted[sample.stamp_ns].keys()

@@ -150,14 +150,18 @@ def _print_table(
     audit = json.loads((bundles["int8"].parent / "report" / "report.json").read_text())["audit"]
     int8_layers = sum(found["INT8"] for found in audit.values())
     layers = sum(sum(found.values()) for found in audit.values())
+    manifests = {
+        kind: open_bundle(folder, verify_hashes=False).manifest for kind, folder in bundles.items()
+    }
+    records = [graph.quantization for graph in manifests["int8"].graphs.values()]
+    int8_errors = next((record.errors for record in records if record), {})
     rows: dict[str, list[str]] = {}
     for kind, live in lives.items():
-        manifest = open_bundle(bundles[kind], verify_hashes=False).manifest
-        quantised = [graph.quantization for graph in manifest.graphs.values()]
-        errors = next((record.errors for record in quantised if record), {})
+        errors = int8_errors if kind == "int8" else {}
+        size = sum(size for _, size in manifests[kind].files.values())
         worst = max((one.max_error for one in results[kind]), default=float("nan"))
         column = {
-            "bundle": f"{sum(size for _, size in manifest.files.values()) / 1e6:.1f} MB",
+            "bundle": f"{size / 1e6:.1f} MB",
             "INT8 layers, by the audit of the ONNX": (
                 f"{int8_layers} of {layers}" if errors else "0"
             ),
@@ -165,17 +169,16 @@ def _print_table(
                 f"{100 * errors['relative_l2']:.3f} %" if errors else "-"
             ),
             **{
-                f"  largest, {name.removeprefix('max_error/')} (joint units)": "-"
-                for name in _first_errors(bundles)
+                f"  largest, {name.removeprefix('max_error/')} (joint units)": (
+                    f"{errors[name]:.4g}" if errors else "-"
+                )
+                for name in int8_errors
+                if name.startswith("max_error/")
             },
             "chunks published": f"{len(live.chunks)}, {len(live.chunks) / live.wall_s:.2f} /s",
             "node's peak memory": f"{live.node_peak_bytes / 1e6:.0f} MB",
             "published against Policy.infer, same frames": f"largest difference {worst:.1e}",
         }
-        for name, value in errors.items():
-            if name.startswith("max_error/"):
-                key = name.removeprefix("max_error/")
-                column[f"  largest, {key} (joint units)"] = f"{value:.4g}"
         for stage in _STAGES:
             times = [chunk.info["timings_s"][stage] * 1e3 for chunk in live.chunks]
             column[f"latency, {stage}, median / p95 ms"] = (
@@ -193,11 +196,3 @@ def _print_table(
         "INT8 on this CPU is computed in floating point from the Q/DQ nodes: its latency says "
         "nothing about an INT8 engine."
     )
-
-
-def _first_errors(bundles: Mapping[str, Path]) -> list[str]:
-    manifest = open_bundle(bundles["int8"], verify_hashes=False).manifest
-    for graph in manifest.graphs.values():
-        if graph.quantization is not None:
-            return [name for name in graph.quantization.errors if name.startswith("max_error/")]
-    return []

@@ -1,8 +1,10 @@
 """How far two engines' actions are apart where it matters: in joint units, and in smoothness.
 
-Owns: the metrics in action space that quantisation's budget, its comparison and the open-loop
+Owns: the metrics in action space that the comparison of quantisation schemes and the open-loop
 evaluation share. Must not import torch, ROS or an engine: it judges what others computed. Figures
-of one tensor (cosine, relative L2) are those of `verify.comparison`.
+of one tensor (cosine, relative L2) are those of `verify.comparison`. What `quantize` holds its
+budget against is `quantize.evaluation.compare_actions`: only the dimensions that the embodiment
+uses, and joints by action key, as its limits are given.
 
 Joints of different units are never averaged: each unit that the bundle's manifest names has its
 own figures, in that unit.

@@ -40,6 +40,10 @@ def test_the_demo_runs_the_whole_road_and_leaves_its_picture(tmp_path: Path) -> 
     counts = [int(cell.split()[0]) for cell in table["INT8 layers, by the audit of the ONNX"]]
     assert counts[0] == 0 < counts[1]
     assert 0.0 < float(table["actions off the float bundle's, relative L2"][1].split()[0]) < 1.0
+    for joints in ("single_arm", "gripper"):
+        off = table[f"largest, {joints} (joint units)"]
+        assert off[0] == "-"
+        assert float(off[1]) > 0.0
     assert all(int(cell.split(",")[0]) >= 5 for cell in table["chunks published"])
     assert "latency, action_head, median / p95 ms" in table
     report = (output / "bundles" / "report" / "report.md").read_text()
