@@ -107,7 +107,10 @@ def atomic_file(target: Path) -> Iterator[Path]:
                 yield temporary
             with _explained(target):
                 os.chmod(temporary, 0o666 & ~_current_umask())
+                # A robot loses its power: without this the name can be on disk before the data.
+                _sync(temporary)
                 os.replace(temporary, target)
+                _sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -151,6 +154,15 @@ def atomic_directory(target: Path) -> Iterator[Path]:
                 shutil.rmtree(working, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file's data, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _move_into_place(temporary: Path, target: Path, retired: Path) -> None:

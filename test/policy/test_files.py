@@ -87,6 +87,28 @@ def test_file_appears_whole_in_a_folder_that_did_not_exist(tmp_path: Path) -> No
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_file_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What a power cut leaves cannot be tried out; the order that decides it can be seen.
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def synced(descriptor: int) -> None:
+        done.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        fsync(descriptor)
+
+    def renamed(source: Path, target: Path) -> None:
+        done.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_file(tmp_path / "shard") as temporary:
+        temporary.write_text("data")
+    assert done == [temporary.name, "rename", tmp_path.name]
+
+
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 def test_file_keeps_its_old_content_when_writing_fails(
     tmp_path: Path, failure: type[BaseException]
