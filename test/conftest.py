@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import runpy
 import shutil
 import signal
 from collections.abc import Callable
@@ -132,6 +133,32 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
 def bundle_copy(tiny_bundle: Path, tmp_path: Path) -> Path:
     """A copy of the tiny bundle, to be damaged."""
     return Path(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def write_small_deployed() -> Callable[..., Path]:
+    """Writes (folder, bundle to resemble) a deployed bundle of a few sums; see its module."""
+    pytest.importorskip("onnx", reason="writing graphs needs onnx")
+    written: Callable[..., Path] = runpy.run_path(
+        str(Path(__file__).with_name("small_deployed.py"))
+    )["write_small_deployed"]
+    return written
+
+
+@pytest.fixture(scope="session")
+def small_deployed(
+    write_small_deployed: Callable[..., Path],
+    tiny_bundle: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A deployed bundle of the tiny one's robot, with a prefix model. Tests only read it."""
+    return write_small_deployed(tmp_path_factory.mktemp("small") / "bundle", tiny_bundle)
+
+
+@pytest.fixture
+def small_copy(small_deployed: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return Path(shutil.copytree(small_deployed, tmp_path / "small"))
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ padded on the left and a mask tells which places are real.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zipfile
 from collections import OrderedDict
@@ -137,7 +138,9 @@ def read_prefix(stream: Path | IO[bytes]) -> PromptPrefix:
         ValueError: It is damaged, or something else.
     """
     try:
-        with np.load(stream, allow_pickle=False) as arrays:
+        # NumPy leaves a path open that holds no archive.
+        opened = stream.open("rb") if isinstance(stream, Path) else contextlib.nullcontext(stream)
+        with opened as content, np.load(content, allow_pickle=False) as arrays:
             found = {name: arrays[name] for name in arrays.files}
     except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
         raise ValueError(f"it cannot be read: {error}") from error

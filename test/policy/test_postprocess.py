@@ -10,7 +10,11 @@ import numpy as np
 import pytest
 
 from groot_int8_ros.errors import EngineError, ObservationError
-from groot_int8_ros.policy.postprocess import decode_actions, decode_actions_float64
+from groot_int8_ros.policy.postprocess import (
+    decode_actions,
+    decode_actions_float64,
+    encode_actions,
+)
 from groot_int8_ros.policy.processor import (
     ActionKey,
     ImageChain,
@@ -19,6 +23,7 @@ from groot_int8_ros.policy.processor import (
     load_processor,
     parse_processor,
 )
+from groot_int8_ros.policy.types import CommittedActions
 
 STEPS = 2
 
@@ -197,3 +202,43 @@ def test_every_encoding_decodes_as_the_public_code_to_the_bit(
         assert set(decoded) == {"pos", "vel", "torso"}
         for key, value in decoded.items():
             assert np.array_equal(value, golden[f"percentiles{percentiles}.decoded.{key}"][item])
+
+
+def _committed(processor: Processor, rows: list[int], pred: Any) -> CommittedActions:
+    decoded = decode_actions(processor, pred, STATE)
+    return CommittedActions(rows, {key: value[rows] for key, value in decoded.items()})
+
+
+@pytest.mark.parametrize("rows", [[0, 1], [1], [1, 0], []])
+def test_encoding_is_the_inverse_of_decoding_row_by_row(rows: list[int]) -> None:
+    processor = _processor(RELATIVE, ABSOLUTE, MEAN_STD)
+    pred = np.random.RandomState(0).uniform(-1, 1, (4, 6)).astype(np.float32)
+    encoded = encode_actions(processor, _committed(processor, rows, pred), STATE)
+    assert encoded.dtype == np.float32
+    # Targets near 200 are exact to 8e-6, and the first step's range is 2.
+    np.testing.assert_allclose(encoded[:, :5], pred[rows][:, :5], atol=2e-5)
+    assert not encoded[:, 5:].any()
+
+
+def test_committed_rows_are_taken_relative_to_the_new_observation() -> None:
+    processor = _processor(RELATIVE)
+    moved = {"arm": STATE["arm"] + 0.5}
+    committed = CommittedActions([1], {"arm": np.array([[105, 205]], np.float32)})
+    encoded = encode_actions(processor, committed, moved)
+    pred = np.zeros((STEPS, 6), np.float32)
+    pred[1] = encoded[0]
+    assert decode_actions(processor, pred, moved)["arm"][1].tolist() == [105, 205]
+    # 4.5 of the second step's range of 10.
+    assert encoded[0, 0] == np.float32(0.45)
+
+
+def test_what_the_network_cannot_say_is_clipped_to_what_it_can() -> None:
+    committed = CommittedActions([0, 1], {"hand": np.array([[50.0], [-50.0]], np.float32)})
+    encoded = encode_actions(_processor(ABSOLUTE), committed, {})
+    assert encoded[:, 0].tolist() == [1, -1]
+
+
+def test_joint_that_never_moved_is_encoded_as_nothing_and_decodes_to_itself() -> None:
+    still = ActionKey("hand", 1, "min_max", "absolute", low=_array(7), high=_array(7))
+    committed = CommittedActions([0], {"hand": np.array([[7.0]], np.float32)})
+    assert encode_actions(_processor(still), committed, {})[0].tolist() == [0] * 6
