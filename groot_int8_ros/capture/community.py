@@ -10,6 +10,9 @@ One folder holds one target. `backbone`: `input_ids` and `attention_mask` int64 
 one row a denoising step. Sequences of different lengths are padded with zeros at the end, token
 ids too; `metadata.json` says whether any were. `N` is its `num_samples`.
 
+The two targets are the reference graphs. Deployed graphs have other inputs, for which that port
+has no format: both directions refuse them.
+
 The format does not say which checkpoint it is of, so an import is taken at the user's word; shapes
 are compared with the bundle's graphs. Both directions hold one row in memory: a set of 500 is
 gigabytes.
@@ -29,6 +32,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
+from groot_int8_ros.capture.feeds import Feeds
 from groot_int8_ros.capture.sample import (
     BACKBONE_NAMES,
     DIT_NAMES,
@@ -36,9 +40,10 @@ from groot_int8_ros.capture.sample import (
     CaptureSample,
     DitInputs,
 )
-from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter, Feeds
+from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import Manifest
+from groot_int8_ros.policy.families import REFERENCE
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 
 ARCHIVE_FILE = "calib_data.npz"
@@ -75,6 +80,7 @@ def export_community(store: CaptureStore, graph: str, folder: Path) -> None:
         CaptureError: The samples lack the graph's inputs.
         OutputError: `folder` is occupied or cannot be written; nothing is left behind.
     """
+    _refuse_deployed(store.meta.family, str(store.folder))
     feeds = store.feeds(graph)
     refuse_occupied(folder)
     shapes = _shapes(feeds, graph)
@@ -85,6 +91,14 @@ def export_community(store: CaptureStore, graph: str, folder: Path) -> None:
                     _write_rows(stream, feeds, name, shapes[name])
         metadata = json.dumps(_metadata(feeds, graph, shapes), indent=2)
         (temporary / METADATA_FILE).write_text(metadata, encoding="utf-8")
+
+
+def _refuse_deployed(family: str, what: str) -> None:
+    if family != REFERENCE:
+        raise CaptureError(
+            f"{what} is of {family} graphs, and {ARCHIVE_FILE} holds inputs of the reference "
+            "graphs alone: export a bundle with --graphs reference, and capture with that one"
+        )
 
 
 def _shapes(feeds: Feeds, graph: str) -> dict[str, tuple[int, ...]]:
@@ -170,6 +184,7 @@ def import_community(archive: Path, manifest: Manifest, folder: Path) -> Importe
             bundle's graphs; nothing is left behind.
         OutputError: `folder` is occupied or cannot be written.
     """
+    _refuse_deployed(manifest.family, "the bundle")
     refuse_occupied(folder)
     meta = CaptureMeta.of_bundle(manifest, f"import of {archive.name}")
     try:

@@ -18,6 +18,7 @@ import numpy as np
 
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.policy.bundle import Manifest
 from groot_int8_ros.policy.files import atomic_file
 from groot_int8_ros.policy.processor import Processor, StateKey
 from groot_int8_ros.policy.robot import RobotDescription
@@ -130,7 +131,10 @@ class Coverage:
             f"{camera.camera:32} {_triple(camera.brightness):>21} {_triple(camera.contrast):>21}"
             for camera in self.cameras
         ]
-        lines += ["", "timesteps: " + (_counts(self.timesteps) or "none: the DiT was not run")]
+        lines += [
+            "",
+            "timesteps: " + (_counts(self.timesteps) or "none: the action head was not run"),
+        ]
         lines += [f"instruction ({count}x): {text}" for text, count in self.instructions.items()]
         lines += ["", *(f"THIN: {text}" for text in self.thin)]
         if not self.thin:
@@ -148,15 +152,13 @@ class Coverage:
                 temporary.write_text(text, encoding="utf-8")
 
 
-def measure_coverage(
-    store: CaptureStore, processor: Processor, robot: RobotDescription
-) -> Coverage:
+def measure_coverage(store: CaptureStore, processor: Processor, manifest: Manifest) -> Coverage:
     """Read a store once and report on it.
 
     Args:
         store: The set.
         processor: Statistics of the state.
-        robot: Names of the joints.
+        manifest: The bundle's: names of the joints, and the flow's time buckets.
 
     Raises:
         CaptureError: A shard cannot be read.
@@ -174,11 +176,17 @@ def measure_coverage(
             light.setdefault(camera, []).append(seen)
         if sample.dit is not None:
             timesteps.update(sample.dit.timestep.tolist())
+        elif sample.features is not None:
+            # The deployed head runs all of its steps for every sample.
+            timesteps.update(
+                int(step / manifest.denoising_steps * manifest.timestep_buckets)
+                for step in range(manifest.denoising_steps)
+            )
     joints = tuple(
         joint
         for key in processor.state_keys
         if states[key.key]
-        for joint in _joints(key, np.stack(states[key.key]).astype(np.float64), robot)
+        for joint in _joints(key, np.stack(states[key.key]).astype(np.float64), manifest.robot)
     )
     cameras = tuple(_camera(camera, seen) for camera, seen in light.items())
     return Coverage(
@@ -272,7 +280,9 @@ def _thin(
         elif count < MIN_INSTRUCTION_SHARE * samples:
             thin.append(f"the instruction {instruction!r} has {count} of {samples} samples")
     if not timesteps:
-        thin.append("no sample has inputs of the DiT: groot-int8 calibrate --complete adds them")
+        thin.append(
+            "no sample has inputs of the action head: groot-int8 calibrate --complete adds them"
+        )
     if not cameras:
         thin.append("the samples have no images")
     for camera in cameras:

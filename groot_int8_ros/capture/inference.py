@@ -7,6 +7,9 @@ goes into the graphs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
 import numpy as np
 
 from groot_int8_ros.capture.sample import (
@@ -16,6 +19,7 @@ from groot_int8_ros.capture.sample import (
     DitInputs,
 )
 from groot_int8_ros.policy.engines import Tensors
+from groot_int8_ros.policy.families import DEPLOYED
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Float32Array, Observation
 
@@ -37,7 +41,7 @@ def run_on(
         source: See `CaptureSample`.
         seed: Seed of the noise; with `noise` only noted.
         noise: Initial noise; None draws it from `seed` and the observation's stamp.
-        keep_images: Whether the sample holds the frames.
+        keep_images: Whether the sample holds the frames although the graphs do not take them.
 
     Raises:
         ObservationError: The observation cannot be used.
@@ -54,16 +58,39 @@ def run_on(
 
     with policy.observed(keep):
         chunk = policy.infer(observation, noise=noise)
-    (backbone,), (conditioner,), dit = runs["backbone"], runs["conditioner"], runs["dit"]
-    return CaptureSample(
+    deployed = policy.manifest.family == DEPLOYED
+    sample = CaptureSample(
         instruction=observation.instruction,
         stamp_ns=observation.stamp_ns,
         source=source,
         state={key: np.asarray(value, np.float32) for key, value in observation.state.items()},
         noise=noise,
         seed=seed,
-        images=dict(observation.images) if keep_images else None,
+        # The deployed graphs' own inputs are the frames.
+        images=dict(observation.images) if keep_images or deployed else None,
         chunk=CapturedChunk(chunk.actions, chunk.action_pred),
+    )
+    sample = with_graph_inputs(sample, policy.manifest.family, runs)
+    small = runs["action_head" if deployed else "conditioner"]
+    return replace(sample, normalised_state=small[0]["state"][0])
+
+
+def with_graph_inputs(
+    sample: CaptureSample, family: str, runs: Mapping[str, Sequence[Tensors]]
+) -> CaptureSample:
+    """Return a sample with what the large graphs were given.
+
+    Args:
+        sample: One observation; with its frames, if the graphs are deployed ones.
+        family: Of the graphs.
+        runs: Large graph to the inputs of each of its runs on that observation.
+    """
+    if family == DEPLOYED:
+        (head,) = runs["action_head"]
+        return replace(sample, features=head["features"][0])
+    (backbone,), dit = runs["backbone"], runs["dit"]
+    return replace(
+        sample,
         backbone=BackboneInputs(
             input_ids=backbone["input_ids"][0],
             attention_mask=backbone["attention_mask"][0],
@@ -76,5 +103,4 @@ def run_on(
             sa_embs=np.concatenate([step["sa_embs"] for step in dit]),
             timestep=np.concatenate([step["timestep"] for step in dit]),
         ),
-        normalised_state=conditioner["state"][0],
     )

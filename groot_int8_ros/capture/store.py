@@ -30,12 +30,13 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from groot_int8_ros import __version__
+from groot_int8_ros.capture.feeds import Feeds, backbone_feeds, deployed_feeds, dit_feeds
 from groot_int8_ros.capture.sample import CaptureSample, check_sample, sample_from_arrays
 from groot_int8_ros.errors import CaptureError, OutputError
-from groot_int8_ros.policy.bundle import Manifest
+from groot_int8_ros.policy.bundle import Bundle, Manifest
+from groot_int8_ros.policy.families import DEPLOYED, LARGE_GRAPHS
 from groot_int8_ros.policy.files import (
     atomic_file,
     refuse_occupied,
@@ -43,13 +44,11 @@ from groot_int8_ros.policy.files import (
     sha256_of_file,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 INDEX_FILE = "capture.json"
-CAPTURED_GRAPHS = ("backbone", "dit")
 DEFAULT_SAMPLES_PER_SHARD = 16
 
 _CAPTURE_AGAIN = "Capture again: groot-int8 calibrate --bundle BUNDLE --dataset DATASET"
-Feed = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -58,6 +57,7 @@ class CaptureMeta:
 
     Attributes:
         checkpoint_sha256: The bundle's.
+        family: The bundle's: which graphs' inputs the samples hold, where they hold any.
         embodiment: The bundle's.
         action_horizon: Action tokens that the model runs.
         denoising_steps: Euler steps.
@@ -68,6 +68,7 @@ class CaptureMeta:
     """
 
     checkpoint_sha256: str
+    family: str
     embodiment: str
     action_horizon: int
     denoising_steps: int
@@ -91,6 +92,7 @@ class CaptureMeta:
         precision = {name: graph.precision for name, graph in manifest.graphs.items()}
         return cls(
             checkpoint_sha256=manifest.checkpoint_sha256,
+            family=manifest.family,
             embodiment=manifest.embodiment,
             action_horizon=manifest.action_horizon,
             denoising_steps=manifest.denoising_steps,
@@ -101,10 +103,10 @@ class CaptureMeta:
         )
 
     def check_bundle(self, manifest: Manifest, where: str) -> None:
-        """Refuse a bundle that the samples were not captured for.
+        """Refuse a bundle whose observations the samples are not.
 
         Args:
-            manifest: The bundle's.
+            manifest: The bundle's; its graphs may be of another family.
             where: The store, for the message.
 
         Raises:
@@ -420,7 +422,11 @@ class CaptureWriter:
                     stamp_ns=sample.stamp_ns,
                     source=sample.source,
                     seed=sample.seed,
-                    graphs=tuple(graph for graph in CAPTURED_GRAPHS if sample.has(graph)),
+                    graphs=tuple(
+                        graph
+                        for graph in LARGE_GRAPHS[self._index.meta.family]
+                        if sample.has(self._index.meta.family, graph)
+                    ),
                 )
                 for position, sample in enumerate(self._pending.values())
             ),
@@ -447,43 +453,6 @@ class CaptureWriter:
         for path in self.folder.glob("shard-*.npz"):
             if path.name not in named:
                 path.unlink(missing_ok=True)
-
-
-class Feeds:
-    """The inputs of one graph, over all samples; every iteration starts from the beginning."""
-
-    def __init__(self, store: CaptureStore, graph: str, per_sample: int) -> None:
-        self._store = store
-        self._graph = graph
-        self._per_sample = per_sample
-
-    def __len__(self) -> int:
-        """Number of feeds: one a sample, for `dit` one a sample and denoising step."""
-        return len(self._store) * self._per_sample
-
-    def __iter__(self) -> Iterator[Feed]:
-        """Yield input name to array with a batch axis of 1."""
-        for sample in self._store.samples():
-            if self._graph == "backbone":
-                assert sample.backbone is not None
-                one = sample.backbone
-                yield {
-                    "input_ids": one.input_ids[None],
-                    "attention_mask": one.attention_mask[None],
-                    # The cameras are the first axis; the graph has no other batch axis for them.
-                    "pixel_values": one.pixel_values,
-                }
-                continue
-            assert sample.dit is not None
-            dit = sample.dit
-            for step in range(len(dit.timestep)):
-                yield {
-                    "sa_embs": dit.sa_embs[step : step + 1],
-                    "vl_embs": dit.vl_embs[None],
-                    "timestep": dit.timestep[step : step + 1],
-                    "image_mask": dit.image_mask[None],
-                    "backbone_attention_mask": dit.backbone_attention_mask[None],
-                }
 
 
 class CaptureStore:
@@ -557,35 +526,69 @@ class CaptureStore:
             for record in shard.samples:
                 yield _load(self.folder, shard, record)
 
-    def feeds(self, graph: str) -> Feeds:
+    def feeds(self, graph: str, bundle: Bundle | None = None) -> Feeds:
         """Return a graph's inputs over all samples, as often as one likes.
 
         Args:
-            graph: `backbone` or `dit`, as in the bundle.
+            graph: One of the family's large graphs.
+            bundle: Whose graphs; only the reference family's inputs can do without.
 
         Returns:
             An iterable of input name to array with a batch axis of 1. For `dit` there is one feed
             for each observation and denoising step.
 
         Raises:
-            CaptureError: A sample lacks these inputs.
+            CaptureError: A sample lacks these inputs, or they are of the other family.
         """
-        if graph not in CAPTURED_GRAPHS:
-            raise ValueError(f"no inputs are captured for graph {graph!r}")
+        family = self.meta.family
+        if graph not in LARGE_GRAPHS[family]:
+            raise CaptureError(
+                f"{self.folder} holds no inputs of {graph}, but of the {family} graphs "
+                f"{' and '.join(LARGE_GRAPHS[family])}"
+            )
+        if bundle is not None:
+            self.check_graphs(bundle.manifest)
         lacking = [record for record in self.records() if graph not in record.graphs]
         if lacking:
             raise CaptureError(
                 f"{len(lacking)} of {len(self)} samples in {self.folder} lack the inputs of "
                 f"{graph} (first: {lacking[0].source}). For those of a live recorder compute "
-                f"them: groot-int8 calibrate --bundle BUNDLE --complete {self.folder} "
-                "--output NEW_FOLDER. An import holds one graph's inputs and no more: capture "
-                "again for the other"
+                f"them: {self._complete_command}. An import holds one graph's inputs and no more: "
+                "capture again for the other"
             )
-        return Feeds(self, graph, self.meta.denoising_steps if graph == "dit" else 1)
+        if family == DEPLOYED:
+            if bundle is None:
+                raise ValueError("feeds of deployed graphs need the bundle and its prompt bank")
+            return Feeds(self.samples, len(self), deployed_feeds(bundle, graph))
+        if graph == "backbone":
+            return Feeds(self.samples, len(self), backbone_feeds)
+        return Feeds(self.samples, len(self), dit_feeds, self.meta.denoising_steps)
 
     def check_bundle(self, manifest: Manifest) -> None:
-        """Refuse a bundle that the samples were not captured for; see `CaptureMeta`."""
+        """Refuse a bundle whose observations the samples are not; see `CaptureMeta`."""
         self.meta.check_bundle(manifest, str(self.folder))
+
+    def check_graphs(self, manifest: Manifest) -> None:
+        """Refuse a bundle whose graphs' inputs the samples do not hold.
+
+        Raises:
+            CaptureError: As `check_bundle`, or the graphs are of the other family.
+        """
+        self.check_bundle(manifest)
+        if self.meta.family != manifest.family:
+            raise CaptureError(
+                f"{self.folder} was captured with {self.meta.family} graphs, and the bundle has "
+                f"{manifest.family} ones. "
+                + (
+                    f"Compute theirs: {self._complete_command}"
+                    if next(self.samples()).images is not None
+                    else f"Its samples hold no frames to compute them from. {_CAPTURE_AGAIN}"
+                )
+            )
+
+    @property
+    def _complete_command(self) -> str:
+        return f"groot-int8 calibrate --bundle BUNDLE --complete {self.folder} --output NEW_FOLDER"
 
 
 def _resumed(folder: Path, meta: CaptureMeta) -> Index:

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
             )
             store = done.store
             _tell_skipped(done.skipped)
-        coverage = measure_coverage(store, policy.processor, policy.robot)
+        coverage = measure_coverage(store, policy.processor, policy.manifest)
     finally:
         policy.close()
     coverage.write(output)

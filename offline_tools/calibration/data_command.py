@@ -10,8 +10,9 @@ from pathlib import Path
 
 from groot_int8_ros.capture.community import ARCHIVE_FILE, export_community, import_community
 from groot_int8_ros.capture.coverage import measure_coverage
-from groot_int8_ros.capture.store import CAPTURED_GRAPHS, CaptureStore
+from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.families import LARGE_GRAPHS, REFERENCE
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +25,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
     export = actions.add_parser("export", help=f"write {ARCHIVE_FILE} and metadata.json")
     export.add_argument("store", type=Path, help="folder with capture.json")
-    export.add_argument("--target", choices=CAPTURED_GRAPHS, required=True, help="whose inputs")
+    export.add_argument(
+        "--target",
+        choices=LARGE_GRAPHS[REFERENCE],
+        required=True,
+        help="whose inputs; the format knows the reference graphs alone",
+    )
     export.add_argument("--output", type=Path, required=True, help="new folder for both files")
 
     read = actions.add_parser("import", help=f"make a store from {ARCHIVE_FILE}")
@@ -54,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     store = CaptureStore.open(args.store)
     store.check_bundle(bundle.manifest)
-    coverage = measure_coverage(store, bundle.processor, bundle.manifest.robot)
+    coverage = measure_coverage(store, bundle.processor, bundle.manifest)
     coverage.write(args.store)
     print(coverage.to_text(), end="")
     return 0

@@ -14,11 +14,13 @@ from typing import Protocol
 
 import numpy as np
 
+from groot_int8_ros.capture.feeds import observation_of
 from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.selection import Candidate, Selector
 from groot_int8_ros.capture.store import INDEX_FILE, CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import CaptureError, ObservationError, OutputError
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import Observation
@@ -195,7 +197,8 @@ def complete(
     """Compute, with the float policy, what a live recorder could not see inside the engines.
 
     Observation and noise are all that the policy depends on, so the tensors are those that this
-    policy would have given on the robot, to the bit. The chunk is computed again too; how far the
+    policy would have given on the robot, to the bit; the policy's graphs may even be of the other
+    family. The chunk is computed again too; how far the
     recorded one lies from it is reported, not judged: the robot may have run other engines.
 
     Args:
@@ -213,13 +216,20 @@ def complete(
     captured.check_bundle(policy.manifest)
     origin, seed = captured.meta.origin, captured.meta.seed
     meta = CaptureMeta.of_bundle(policy.manifest, origin, seed=seed, engine=engine)
+    family = policy.manifest.family
     differences: dict[str, float] = {}
     completed = 0
+
+    def is_complete(sample: CaptureSample) -> bool:
+        return captured.meta.family == family and all(
+            sample.has(family, graph) for graph in LARGE_GRAPHS[family]
+        )
+
     progress = _Progress(len(captured), report)
     with CaptureWriter(output, meta) as writer:
         for sample in captured.samples():
             progress.step()
-            if sample.has("backbone") and sample.has("dit"):
+            if is_complete(sample):
                 writer.add(sample)
                 continue
             writer.add(_completed(policy, sample, differences, keep_images=keep_images))
@@ -231,12 +241,12 @@ def complete(
 def _completed(
     policy: Policy, sample: CaptureSample, differences: dict[str, float], *, keep_images: bool
 ) -> CaptureSample:
-    if sample.images is None or sample.noise is None or not sample.instruction:
+    observation = observation_of(sample)
+    if sample.noise is None:
         raise CaptureError(
-            f"{sample.source}: the sample has no images, noise or instruction, so its tensors "
-            "cannot be computed. Record it with calibration_recorder_node."
+            f"{sample.source}: the sample has no noise, so its tensors cannot be computed. Record "
+            "it with calibration_recorder_node."
         )
-    observation = Observation(sample.images, sample.state, sample.instruction, sample.stamp_ns)
     try:
         full = run_on(
             policy,

@@ -7,32 +7,35 @@ e29d8fc). A quantisation that stays below this error costs less than what users 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from groot_int8_ros.policy.preprocess import ModelInputs
 from groot_int8_ros.policy.types import Float32Array
-from offline_tools.compare_quantization.samples import Answers
 from offline_tools.model.checkpoint import load_model
-from offline_tools.model.policy_model import ModelInputs
+from offline_tools.model.policy_model import ModelInputs as TorchInputs
 
 
 @torch.no_grad()
 def bfloat16_actions(
     checkpoint: Path,
     eagle_config: Path | None,
-    answers: Answers,
+    inputs: Sequence[ModelInputs],
+    noise: Sequence[Float32Array],
     *,
     embodiment_id: int,
     denoising_steps: int,
 ) -> tuple[Float32Array, ...]:
-    """Answer the observations of `answers` again, in bfloat16 on the CPU.
+    """Answer observations in bfloat16 on the CPU.
 
     Args:
-        checkpoint: The checkpoint that the answers come from.
+        checkpoint: The checkpoint.
         eagle_config: Sizes of vision tower and language model; see `load_model`.
-        answers: Inputs and noise.
+        inputs: The observations, preprocessed.
+        noise: Start of the flow, one for each.
         embodiment_id: Row of the category-specific weights.
         denoising_steps: Euler steps.
 
@@ -44,15 +47,15 @@ def bfloat16_actions(
     frequencies = rotary.get_buffer("inv_freq")
     frequencies.copy_(frequencies.to(torch.bfloat16))
     results = []
-    for one, noise in zip(answers.inputs, answers.noise, strict=True):
-        given = ModelInputs(
+    for one, drawn in zip(inputs, noise, strict=True):
+        given = TorchInputs(
             input_ids=torch.from_numpy(one.input_ids),
             attention_mask=torch.from_numpy(one.attention_mask),
             pixel_values=torch.from_numpy(one.pixel_values).to(torch.bfloat16),
             state=torch.from_numpy(one.state).to(torch.bfloat16),
             embodiment_id=embodiment_id,
         )
-        start = torch.from_numpy(noise)[None].to(torch.bfloat16)
+        start = torch.from_numpy(drawn)[None].to(torch.bfloat16)
         actions = model.get_action(given, start, denoising_steps)
         results.append(np.asarray(actions[0].float().numpy(), np.float32))
     return tuple(results)

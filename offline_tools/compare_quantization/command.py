@@ -224,11 +224,13 @@ def _compare(
     if source is not None:
         from offline_tools.compare_quantization.bfloat16 import bfloat16_actions
 
+        preprocess = model.bundle.preprocessor()
         calibrated, judged = (
             bfloat16_actions(
                 source.checkpoint,
                 args.eagle_config,
-                answers,
+                [preprocess(observation) for observation in answers.observations],
+                answers.noise,
                 embodiment_id=model.bundle.processor.embodiment_id,
                 denoising_steps=model.bundle.manifest.denoising_steps,
             )
@@ -238,7 +240,7 @@ def _compare(
         # search's own metric, which leaves out what the embodiment does not use.
         budget = compare_actions(
             model.bundle.processor,
-            list(capture_samples(model.calibration, args.seed)),
+            list(capture_samples(model.calibration, model.bundle.manifest.family, args.seed)),
             model.calibration.action_pred,
             calibrated,
         ).relative_l2

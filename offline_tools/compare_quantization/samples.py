@@ -16,16 +16,14 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from groot_int8_ros.capture.sample import BackboneInputs, CaptureSample, DitInputs
+from groot_int8_ros.capture.inference import with_graph_inputs
+from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.families import DEPLOYED, LARGE_GRAPHS
 from groot_int8_ros.policy.policy import Policy, draw_noise
-from groot_int8_ros.policy.preprocess import ModelInputs
-from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Float32Array, Observation, UInt8Array
 from offline_tools.dataset.lerobot import LeRobotDataset
-
-QUANTIZED_GRAPHS = ("backbone", "dit")
 
 Feeds = list[dict[str, NDArray[Any]]]
 
@@ -39,14 +37,14 @@ class Answers:
 
     Attributes:
         observations: What was answered.
-        inputs: The same, preprocessed.
+        states: Normalised states, float32 (1, max_state_dim), one for each observation.
         noise: Start of the flow, one for each observation.
         action_pred: Normalised actions, float32 (horizon, max_action_dim), one for each.
         feeds: Graph to the inputs of each of its runs, in order; batch 1.
     """
 
     observations: tuple[Observation, ...]
-    inputs: tuple[ModelInputs, ...]
+    states: tuple[Float32Array, ...]
     noise: tuple[Float32Array, ...]
     action_pred: tuple[Float32Array, ...]
     feeds: Mapping[str, Feeds]
@@ -62,55 +60,51 @@ def answer(policy: Policy, observations: Sequence[Observation], seed: int) -> An
         observations: What to answer; their stamps choose the noise.
         seed: Of the noise.
     """
-    feeds: dict[str, Feeds] = {name: [] for name in QUANTIZED_GRAPHS}
+    feeds: dict[str, Feeds] = {name: [] for name in LARGE_GRAPHS[policy.manifest.family]}
 
     def keep(graph: str, given: Mapping[str, NDArray[Any]]) -> None:
         if graph in feeds:
             feeds[graph].append(dict(given))
 
-    graphs = policy.graphs
-    assert isinstance(graphs, ReferenceGraphs)
-    inputs, noises, predictions = [], [], []
+    graphs: Any = policy.graphs
+    states, noises, predictions = [], [], []
     with policy.observed(keep):
         for observation in observations:
             one = graphs.preprocess(observation)
             noise = draw_noise(seed, observation.stamp_ns, policy.noise_shape)
-            inputs.append(one)
+            states.append(one.state)
             noises.append(noise)
             predictions.append(graphs.actions(one, graphs.features(one), noise))
-    return Answers(tuple(observations), tuple(inputs), tuple(noises), tuple(predictions), feeds)
+    return Answers(tuple(observations), tuple(states), tuple(noises), tuple(predictions), feeds)
 
 
-def capture_samples(answers: Answers, seed: int) -> Iterator[CaptureSample]:
+def capture_samples(answers: Answers, family: str, seed: int) -> Iterator[CaptureSample]:
     """Give answers the form in which a calibration stores them.
 
     Args:
         answers: What a policy computed.
+        family: Of its graphs.
         seed: That its noise was drawn with.
     """
-    steps = len(answers.feeds["dit"]) // len(answers.observations)
-    for index, (observation, inputs) in enumerate(
-        zip(answers.observations, answers.inputs, strict=True)
-    ):
-        runs = answers.feeds["dit"][index * steps : (index + 1) * steps]
-        yield CaptureSample(
+    count = len(answers.observations)
+    for index, observation in enumerate(answers.observations):
+        sample = CaptureSample(
             instruction=observation.instruction,
             stamp_ns=observation.stamp_ns,
             source=f"observation {index}",
             state=observation.state,
             noise=answers.noise[index],
             seed=seed,
-            backbone=BackboneInputs(
-                inputs.input_ids[0], inputs.attention_mask[0], inputs.pixel_values
-            ),
-            dit=DitInputs(
-                vl_embs=runs[0]["vl_embs"][0],
-                image_mask=runs[0]["image_mask"][0],
-                backbone_attention_mask=runs[0]["backbone_attention_mask"][0],
-                sa_embs=np.concatenate([run["sa_embs"] for run in runs]),
-                timestep=np.concatenate([run["timestep"] for run in runs]),
-            ),
-            normalised_state=inputs.state[0],
+            images=observation.images if family == DEPLOYED else None,
+            normalised_state=answers.states[index][0],
+        )
+        yield with_graph_inputs(
+            sample,
+            family,
+            {
+                name: feeds[index * len(feeds) // count : (index + 1) * len(feeds) // count]
+                for name, feeds in answers.feeds.items()
+            },
         )
 
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
 from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.quantization import CACHE, LayerScheme
 from offline_tools.compare_quantization import baselines
 from offline_tools.compare_quantization.samples import (
-    QUANTIZED_GRAPHS,
     Answers,
     Feeds,
     capture_samples,
@@ -35,7 +35,7 @@ from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.statistics import GraphStatistics, collect
 
 # Their input is the time embedding alone: a deployed graph holds their outputs as constants, so
-# they are float in every scheme. ModelOpt leaves them out by itself.
+# in reference graphs they are float in every scheme. ModelOpt leaves them out by itself.
 _CONSTANT_LAYERS = ("timestep_encoder.*", "*.norm1.linear", "proj_out_1")
 
 
@@ -98,7 +98,7 @@ class Calibrated:
         """The graphs to quantise, by name."""
         return {
             name: FloatGraph(self.bundle.graph_path(name), self.answers.feeds[name], self.seed)
-            for name in QUANTIZED_GRAPHS
+            for name in LARGE_GRAPHS[self.bundle.manifest.family]
         }
 
 
@@ -147,11 +147,12 @@ def _auto(calibrated: Calibrated, folder: Path) -> dict[str, Path]:
         bundle.manifest, "compare-quantization", seed=calibrated.seed, engine="onnxruntime"
     )
     with CaptureWriter(store, meta) as writer:
-        for sample in capture_samples(calibrated.answers, calibrated.seed):
+        family = bundle.manifest.family
+        for sample in capture_samples(calibrated.answers, family, calibrated.seed):
             writer.add(sample)
     names = [
         layer.name
-        for name in QUANTIZED_GRAPHS
+        for name in calibrated.graphs
         for layer in find_layers(load_graph(bundle.graph_path(name)))
     ]
     left_out = [p for p in _CONSTANT_LAYERS if fnmatch.filter(names, p)]

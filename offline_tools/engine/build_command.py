@@ -31,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add(
         "--precision",
         choices=PRECISIONS,
-        help="of backbone and DiT (default: the bundle's own, which every version can build)",
+        help="of the two large graphs (default: the bundle's own, which every version can build)",
     )
     add(
         "--quantization",
@@ -49,7 +49,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="cache to use, or to write (default: calibration/GRAPH.cache in the bundle)",
     )
-    add("--max-seq-len", type=_positive, help="longest prompt in tokens, images included")
+    add(
+        "--max-seq-len",
+        type=_positive,
+        help="longest prompt in tokens, images included; this and the next three are for "
+        "reference graphs, for deployed ones have fixed shapes",
+    )
     add("--opt-seq-len", type=_positive, help="prompt length that kernels are chosen for")
     add(
         "--opt-sa-seq",

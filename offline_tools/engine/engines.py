@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from groot_int8_ros.capture.store import CAPTURED_GRAPHS, INDEX_FILE, CaptureStore
+from groot_int8_ros.capture.store import INDEX_FILE, CaptureStore
 from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import Bundle, GraphRecord, open_bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
@@ -26,7 +26,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineTensor,
     engine_folder,
 )
-from groot_int8_ros.policy.families import REFERENCE, engine_graphs
+from groot_int8_ros.policy.families import LARGE_GRAPHS, REFERENCE, engine_graphs
 from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.builder import (
     BuilderSettings,
@@ -59,7 +59,7 @@ CALIBRATION_FOLDER = "calibration"
 LOW_MEMORY = BuilderSettings(workspace_mb=256, tactic_mb=1024, level=2)
 
 # What stands around the reference family's two large graphs.
-_FLOAT32_GRAPHS = frozenset(engine_graphs(REFERENCE)) - frozenset(CAPTURED_GRAPHS)
+_FLOAT32_GRAPHS = frozenset(engine_graphs(REFERENCE)) - frozenset(LARGE_GRAPHS[REFERENCE])
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class BuildOptions:
     Attributes:
         bundle: The bundle.
         graphs: Graphs to build; all of them if empty.
-        precision: Of backbone and DiT, one of `PRECISIONS`; the bundle's own if None.
+        precision: Of the two large graphs, one of `PRECISIONS`; the bundle's own if None.
         quantization: `qdq` or `calibrator`; what the bundle has if None.
         captures: Capture store that the calibrator is fed from.
         calibration_cache: Where the calibrator's cache is read from or written to; in the
@@ -391,8 +391,8 @@ def _plan(
         job.quantization == "calibrator" for job in jobs
     ):
         raise ConfigurationError(
-            f"--quantization calibrator applies to {' and '.join(CAPTURED_GRAPHS)}, and none of "
-            "them is asked for"
+            "--quantization calibrator applies to "
+            f"{' and '.join(LARGE_GRAPHS[bundle.manifest.family])}, and none of them is asked for"
         )
     return jobs
 
@@ -427,8 +427,7 @@ def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
             f"{job.name}: there is no calibration cache {job.cache}, so --captures is needed: a "
             "capture store (groot-int8 calibrate)"
         )
-    store.check_bundle(open_bundle(job.bundle, verify_hashes=False).manifest)
-    feeds = store.feeds(job.name)
+    feeds = store.feeds(job.name, open_bundle(job.bundle, verify_hashes=False))
     batches = describe_batches(job.record.inputs, lambda: feeds, str(store.folder))
     return Calibration(batches, None), store.content_sha256
 

@@ -28,12 +28,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from groot_int8_ros.capture.store import CAPTURED_GRAPHS, CaptureStore
+from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError, GrootError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_file
 from offline_tools.engine import build_command
 from offline_tools.engine.engines import BuildOptions, build_engines
@@ -77,7 +78,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ENGINES",
-        help="build all five graphs of this kind (as the table calls it) and run the policy",
+        help="build all graphs of this kind (as the table calls it) and run the policy",
     )
     add("--samples", type=int, default=6, help="feeds to compare on (default: %(default)s)")
     add("--parallel", type=int, default=6, help="builds side by side (default: %(default)s)")
@@ -91,7 +92,8 @@ def run(args: argparse.Namespace) -> int:
     library = open_library("tensorrt")
     print(f"TensorRT {library.version} on {cuda.device().describe()}")
     variants = list(_variants(args, with_calibrator=library.has_calibrators))
-    graphs = tuple(args.graph or CAPTURED_GRAPHS)
+    family = open_bundle(args.bundle, verify_hashes=False).manifest.family
+    graphs = tuple(args.graph or LARGE_GRAPHS[family])
     start = time.perf_counter()
     unknown = set(args.policy) - {variant.name for variant in variants}
     if unknown:
@@ -168,7 +170,9 @@ def _all_graphs(variant: Variant) -> tuple[str, ...]:
 def _measure(
     graph: str, reference: Path, variants: list[Variant], captures: Path, samples: int
 ) -> list[dict[str, Any]]:
-    feeds = [dict(feed) for feed in islice(CaptureStore.open(captures).feeds(graph), samples)]
+    opened = open_bundle(reference, verify_hashes=False)
+    captured = CaptureStore.open(captures).feeds(graph, opened)
+    feeds = [dict(feed) for feed in islice(captured, samples)]
     expected = _onnxruntime(reference, graph, feeds)
     engines: dict[str, TensorRTEngine] = {}
     rows: list[dict[str, Any]] = []

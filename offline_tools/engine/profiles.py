@@ -3,7 +3,7 @@
 Owns: lengths of the varying axes and the optimisation profiles made from them. Must not import
 torch or TensorRT. Axes are named in the bundle's manifest: `batch` is always 1, `images` is the
 number of cameras, `sequence` is the prompt's length and the one axis that moves at run time, with
-the instruction.
+the instruction. Deployed graphs have fixed shapes: there is nothing to choose, and no profile.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
+from groot_int8_ros.policy.families import DEPLOYED
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -72,9 +73,20 @@ def lengths_of(
             bundle's graphs fix it, so another value is refused.
         exact: Build for `max_seq_len` alone.
 
+    Returns:
+        The lengths; of deployed graphs none, for no axis of theirs varies.
+
     Raises:
         ConfigurationError: The lengths contradict each other or the bundle.
     """
+    if bundle.manifest.family == DEPLOYED:
+        if exact or any(given is not None for given in (max_seq_len, opt_seq_len, opt_sa_seq)):
+            raise ConfigurationError(
+                f"{bundle.folder} has deployed graphs, whose shapes are fixed: leave out "
+                "--max-seq-len, --opt-seq-len, --opt-sa-seq and --exact. Room for longer "
+                "instructions is made by the export (--max-prefix-tokens)."
+            )
+        return Lengths({})
     tokens_of_actions = 1 + bundle.manifest.action_horizon
     if opt_sa_seq not in (None, tokens_of_actions):
         raise ConfigurationError(

@@ -26,6 +26,7 @@ from groot_int8_ros.errors import (
     ObservationError,
 )
 from groot_int8_ros.policy.bundle import TOKENIZER_FILE, Bundle
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.processor import Processor
@@ -216,12 +217,14 @@ def answer(
                 ) from error
             predictions.append(chunk.action_pred)
             timings.append(chunk.timings_s)
-    graphs = policy.manifest.graphs
-    precisions = ", ".join(f"{graph} {graphs[graph].precision}" for graph in ("backbone", "dit"))
+    manifest = policy.manifest
+    precisions = ", ".join(
+        f"{graph} {manifest.graphs[graph].precision}" for graph in LARGE_GRAPHS[manifest.family]
+    )
     return Answers(
         name=name,
-        runs_on=f"{engine}, exported as {precisions}",
-        denoising_steps=policy.manifest.denoising_steps,
+        runs_on=f"{engine}, {manifest.family} graphs, {precisions}",
+        denoising_steps=manifest.denoising_steps,
         action_pred=tuple(predictions),
         timings_s=tuple(timings),
     )

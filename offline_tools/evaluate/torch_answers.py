@@ -16,7 +16,6 @@ from groot_int8_ros.errors import CheckpointError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from offline_tools.compare_quantization.bfloat16 import bfloat16_actions
-from offline_tools.compare_quantization.samples import Answers as Preprocessed
 from offline_tools.evaluate.open_loop import Answers, Trajectory
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import load_model_config
@@ -75,7 +74,8 @@ def torch_answers(
     bfloat16 = bfloat16_actions(
         checkpoint,
         eagle_config,
-        Preprocessed((), tuple(inputs), tuple(noise), (), {}),
+        inputs,
+        noise,
         embodiment_id=embodiment,
         denoising_steps=steps,
     )

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.bundle import Bundle
 
 Feed = Mapping[str, NDArray[Any]]
 
@@ -45,12 +46,18 @@ class Split:
 class CalibrationSet:
     """A capture store, split."""
 
-    def __init__(self, store: CaptureStore) -> None:
+    def __init__(self, store: CaptureStore, bundle: Bundle) -> None:
         """Split a store.
 
+        Args:
+            store: The samples.
+            bundle: Whose graphs they feed.
+
         Raises:
+            CaptureError: The samples are of another bundle or another family of graphs.
             QuantizationError: It holds fewer than `SMALLEST_SET` samples.
         """
+        store.check_graphs(bundle.manifest)
         count = len(store)
         if count < SMALLEST_SET:
             raise QuantizationError(
@@ -60,6 +67,7 @@ class CalibrationSet:
             )
         held_out = tuple(range(_HELD_OUT_EVERY - 1, count, _HELD_OUT_EVERY)) or (count - 1,)
         self.store = store
+        self._bundle = bundle
         self.split = Split(tuple(i for i in range(count) if i not in held_out), held_out)
 
     @property
@@ -71,12 +79,12 @@ class CalibrationSet:
         """Return the inputs of a graph over the samples that make scales.
 
         Args:
-            graph: `backbone` or `dit`.
+            graph: One of the family's large graphs.
 
         Raises:
             CaptureError: The store lacks these inputs.
         """
-        feeds = self.store.feeds(graph)
+        feeds = self.store.feeds(graph, self._bundle)
         per_sample = len(feeds) // len(self.store)
         chosen = set(self.split.fit)
 

@@ -2,9 +2,9 @@
 
 Owns: running graphs on samples from end to end, and the metrics. Must not import torch.
 
-Both policies start from the same captured backbone inputs, state and noise, so every difference is
-the graphs'. One large graph is loaded at a time, with its weights mapped from their file; that is
-what lets a true-size model be judged on a small machine.
+Both policies start from the same captured inputs of the backbone, state and noise, so every
+difference is the graphs'. One large graph is loaded at a time, with its weights mapped from their
+file; that is what lets a true-size model be judged on a small machine.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from groot_int8_ros.capture.feeds import observation_of
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.errors import QuantizationError
 from groot_int8_ros.policy.bundle import Bundle
+from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.engines import Engine
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.families import LARGE_GRAPHS, REFERENCE
+from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.preprocess import ModelInputs
 from groot_int8_ros.policy.processor import Processor
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import Float32Array, Float64Array
 
-Features = list[dict[str, np.ndarray]]
+# What a family's backbone gave for each sample.
+Features = list[Any]
 
 # A jerk is a third difference over the steps of a chunk.
 _JERK_ORDER = 3
@@ -74,7 +80,7 @@ class ActionRunner:
 
         Args:
             bundle: The float bundle; what is not replaced runs from it.
-            samples: With backbone inputs, normalised state and noise.
+            samples: With the inputs of the family's backbone, state and noise.
             threads: CPU threads inside an operator; ONNX Runtime's choice if None.
 
         Raises:
@@ -82,8 +88,11 @@ class ActionRunner:
         """
         if not samples:
             raise QuantizationError("there is no sample to judge the actions on")
+        family = bundle.manifest.family
+        self._backbone, self._head = LARGE_GRAPHS[family]
         for sample in samples:
-            if sample.backbone is None or sample.normalised_state is None or sample.noise is None:
+            known = sample.has(family, self._backbone) and sample.noise is not None
+            if not known or (family == REFERENCE and sample.normalised_state is None):
                 raise QuantizationError(
                     f"the sample {sample.source} lacks backbone inputs, normalised state or "
                     "noise, which the policy needs to answer it. Compute them: groot-int8 "
@@ -100,35 +109,32 @@ class ActionRunner:
 
     def features(self, backbone: Path | None = None) -> Features:
         """Run a backbone, the bundle's own if None, and return its outputs for each sample."""
-        engine = self._engine("backbone", backbone)
-        graphs = ReferenceGraphs(self._bundle, {"backbone": engine})
-        found = []
-        for sample in self._samples:
-            assert sample.backbone is not None
-            found.append(graphs.features(_model_inputs(sample)))
-        engine.close()
+        engines = {self._backbone: self._engine(self._backbone, backbone)}
+        graphs = Policy(self._bundle, engines).graphs
+        found = [graphs.features(_inputs(graphs, sample)) for sample in self._samples]
+        engines[self._backbone].close()
         return found
 
-    def actions(self, features: Features, dit: Path | None = None) -> list[Float32Array]:
-        """Integrate the flow with a DiT, the bundle's own if None.
+    def actions(self, features: Features, head: Path | None = None) -> list[Float32Array]:
+        """Integrate the flow with a DiT or an action head, the bundle's own if None.
 
         Args:
             features: What `features` gave.
-            dit: The graph.
+            head: The second of the family's large graphs.
 
         Returns:
             Normalised actions for each sample, float32 (horizon, max_action_dim).
         """
         engines = {
-            name: self._engine(name, dit if name == "dit" else None)
+            name: self._engine(name, head if name == self._head else None)
             for name in self._bundle.manifest.engine_graphs
-            if name != "backbone"
+            if name != self._backbone
         }
-        graphs = ReferenceGraphs(self._bundle, engines)
+        graphs = Policy(self._bundle, engines).graphs
         found = []
         for sample, one in zip(self._samples, features, strict=True):
             assert sample.noise is not None
-            found.append(graphs.actions(_model_inputs(sample), one, sample.noise))
+            found.append(graphs.actions(_inputs(graphs, sample), one, sample.noise))
         for loaded in engines.values():
             loaded.close()
         return found
@@ -194,7 +200,10 @@ def compare_actions(
     )
 
 
-def _model_inputs(sample: CaptureSample) -> ModelInputs:
+def _inputs(graphs: ReferenceGraphs | DeployedGraphs, sample: CaptureSample) -> Any:
+    """Return what the graphs need of a sample, without the image chain of reference graphs."""
+    if isinstance(graphs, DeployedGraphs):
+        return graphs.preprocess(observation_of(sample))
     assert sample.backbone is not None
     assert sample.normalised_state is not None
     return ModelInputs(

@@ -26,6 +26,7 @@ from groot_int8_ros.policy.bundle import (
     Manifest,
     open_bundle,
 )
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.quantization import CACHE, LayerScheme, QuantizationRecord
 from offline_tools.engine.calibration_cache import hash_of_graph, scales_for_graph
@@ -39,9 +40,6 @@ from offline_tools.quantize.ranges import DEFAULT_PERCENTILE
 from offline_tools.quantize.search import GraphPlans, search, section_weights
 from offline_tools.quantize.sensitivity import Group, measure
 from offline_tools.quantize.statistics import DEFAULT_ROWS, GraphStatistics, collect
-
-# The graphs that may become INT8. The others carry the actions and cost next to nothing.
-QUANTIZED_GRAPHS = ("backbone", "dit")
 
 AUTO = "auto"
 DEFAULT_ALPHA = 0.5
@@ -150,15 +148,15 @@ def quantize_bundle(options: QuantizeOptions, report: Callable[[str], None]) -> 
     refuse_occupied(options.output)
     bundle = open_bundle(options.bundle)
     _refuse_quantized(bundle)
+    _check_caches(options, bundle)
     store = CaptureStore.open(options.calibration)
-    store.check_bundle(bundle.manifest)
+    calibration = CalibrationSet(store, bundle)
     if "int8" in (store.meta.precision or {}).values():
         raise QuantizationError(
             f"{options.calibration} was captured with an INT8 policy, whose inner tensors are off "
             "already: capture with the float bundle, groot-int8 calibrate --bundle "
             f"{options.bundle}"
         )
-    calibration = CalibrationSet(store)
     layers = _eligible(bundle, options.layers)
     _refuse_full_disk(bundle, options)
     if calibration.is_small:
@@ -187,6 +185,11 @@ class _Job:
         self._report = report
         self._statistics: dict[str, GraphStatistics] = {}
         self._cache_scales: dict[str, Mapping[str, float]] = {}
+
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """The two graphs that may become INT8; the others carry the actions or run seldom."""
+        return LARGE_GRAPHS[self._bundle.manifest.family]
 
     def file_name(self, graph: str) -> str:
         """Return the name of a graph's file without its folder."""
@@ -433,13 +436,14 @@ class _Candidates:
         self._folder = folder
         self._float_features = runner.features()
         self._reference = runner.actions(self._float_features)
-        self._plans: GraphPlans = {graph: {} for graph in QUANTIZED_GRAPHS}
+        self._plans: GraphPlans = {graph: {} for graph in job.graphs}
         self._features: Features = self._float_features
         self.paths: dict[str, Path] = {}
 
     def errors(self, plans: GraphPlans) -> ActionErrors:
         """Return how far the actions under a plan lie from the float ones."""
-        for graph in QUANTIZED_GRAPHS:
+        backbone, head = self._job.graphs
+        for graph in self._job.graphs:
             plan = dict(plans.get(graph, {}))
             if plan == self._plans[graph]:
                 continue
@@ -450,9 +454,9 @@ class _Candidates:
                 self.paths[graph] = path
             else:
                 self.paths.pop(graph, None)
-            if graph == "backbone":
+            if graph == backbone:
                 self._features = self._runner.features(path) if plan else self._float_features
-        found = self._runner.actions(self._features, self.paths.get("dit"))
+        found = self._runner.actions(self._features, self.paths.get(head))
         return self._runner.compare(self._reference, found)
 
     def clear(self) -> None:
@@ -462,7 +466,11 @@ class _Candidates:
 
 def audit_bundle(bundle: Bundle) -> dict[str, list[LayerVerdict]]:
     """Judge every layer of a bundle's large graphs against its manifest; see `audit_graph`."""
-    return {name: _audit(bundle.folder, bundle.manifest.graphs[name]) for name in QUANTIZED_GRAPHS}
+    manifest = bundle.manifest
+    return {
+        name: _audit(bundle.folder, manifest.graphs[name])
+        for name in LARGE_GRAPHS[manifest.family]
+    }
 
 
 def _audit(folder: Path, graph: GraphRecord) -> list[LayerVerdict]:
@@ -479,12 +487,6 @@ def _check_options(options: QuantizeOptions) -> None:
             f"the scheme {_STATIC_CACHE} and --calibration-cache go together: one says to take "
             "scales from a cache of TensorRT's calibrator, the other names it"
         )
-    unknown = sorted(set(options.calibration_caches) - set(QUANTIZED_GRAPHS))
-    if unknown:
-        raise QuantizationError(
-            f"--calibration-cache for the graph {unknown[0]!r}: the graphs that can be INT8 are "
-            f"{', '.join(QUANTIZED_GRAPHS)}"
-        )
     limits = [*options.max_joint_error.values()]
     if options.budget is not None:
         limits.append(options.budget)
@@ -500,6 +502,16 @@ def _check_options(options: QuantizeOptions) -> None:
         raise QuantizationError("numbers of samples and evaluations must be at least 1")
 
 
+def _check_caches(options: QuantizeOptions, bundle: Bundle) -> None:
+    graphs = LARGE_GRAPHS[bundle.manifest.family]
+    unknown = sorted(set(options.calibration_caches) - set(graphs))
+    if unknown:
+        raise QuantizationError(
+            f"--calibration-cache for the graph {unknown[0]!r}: the graphs that can be INT8 are "
+            f"{', '.join(graphs)}"
+        )
+
+
 def _refuse_quantized(bundle: Bundle) -> None:
     for name, graph in bundle.manifest.graphs.items():
         if graph.quantization is not None:
@@ -511,7 +523,8 @@ def _refuse_quantized(bundle: Bundle) -> None:
 
 def _eligible(bundle: Bundle, patterns: Sequence[str]) -> dict[str, list[Layer]]:
     by_graph = {
-        name: find_layers(load_graph(bundle.graph_path(name))) for name in QUANTIZED_GRAPHS
+        name: find_layers(load_graph(bundle.graph_path(name)))
+        for name in LARGE_GRAPHS[bundle.manifest.family]
     }
     everything = [layer for layers in by_graph.values() for layer in layers]
     chosen = {layer.name for layer in select(everything, patterns, str(bundle.folder))}
@@ -543,7 +556,9 @@ def _refuse_full_disk(bundle: Bundle, options: QuantizeOptions) -> None:
 
 def _graph_bytes(manifest: Manifest) -> int:
     return sum(
-        manifest.files[file][1] for name in QUANTIZED_GRAPHS for file in _files_of(manifest, name)
+        manifest.files[file][1]
+        for name in LARGE_GRAPHS[manifest.family]
+        for file in _files_of(manifest, name)
     )
 
 

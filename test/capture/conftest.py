@@ -14,6 +14,7 @@ from groot_int8_ros.capture.sample import (
     DitInputs,
 )
 from groot_int8_ros.capture.store import CaptureMeta
+from groot_int8_ros.policy.families import REFERENCE
 
 STEPS = 2
 HORIZON = 4
@@ -61,4 +62,4 @@ def make_sample() -> MakeSample:
 @pytest.fixture
 def meta() -> CaptureMeta:
     """What those samples were captured for."""
-    return CaptureMeta("a" * 64, "new_embodiment", HORIZON, STEPS, "test", seed=7)
+    return CaptureMeta("a" * 64, REFERENCE, "new_embodiment", HORIZON, STEPS, "test", seed=7)

@@ -69,7 +69,7 @@ def measure(bundle: Bundle, folder: Path, samples: list[CaptureSample]) -> Cover
         for sample in samples:
             writer.add(sample)
         writer.flush(1000)
-    return measure_coverage(CaptureStore.open(folder), bundle.processor, bundle.manifest.robot)
+    return measure_coverage(CaptureStore.open(folder), bundle.processor, bundle.manifest)
 
 
 def test_set_that_covers_everything_has_nothing_thin(bundle: Bundle, tmp_path: Path) -> None:
@@ -125,7 +125,10 @@ def test_each_gap_is_named_and_nothing_else(bundle: Bundle, tmp_path: Path) -> N
             [replace(s, images=good[20].images) for s in good],
             [f"camera {name} saw one light only" for name in bundle.processor.cameras],
         ),
-        "no dit": ([replace(s, dit=None) for s in good], ["no sample has inputs of the DiT"]),
+        "no dit": (
+            [replace(s, dit=None) for s in good],
+            ["no sample has inputs of the action head"],
+        ),
         "no images": ([replace(s, images=None) for s in good], ["the samples have no images"]),
     }
     for name, (samples, wanted) in cases.items():

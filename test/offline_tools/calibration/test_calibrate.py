@@ -279,7 +279,7 @@ def test_samples_of_another_checkpoint_or_without_observation_are_not_completed(
     for name, wrong, one, message in (
         ("a", replace(meta, checkpoint_sha256="0" * 64), sample, "checkpoint_sha256"),
         ("b", meta, replace(sample, images=None), "frame 1: the sample has no images"),
-        ("c", meta, replace(sample, noise=None), "frame 1: the sample has no images, noise"),
+        ("c", meta, replace(sample, noise=None), "frame 1: the sample has no noise"),
     ):
         with CaptureWriter(tmp_path / name, wrong) as writer:
             writer.add(one)

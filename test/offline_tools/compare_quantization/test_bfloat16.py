@@ -12,9 +12,7 @@ pytest.importorskip("torch", reason="bfloat16 runs in torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
 from groot_int8_ros.policy.preprocess import ModelInputs
-from groot_int8_ros.policy.types import Observation
 from offline_tools.compare_quantization.bfloat16 import bfloat16_actions
-from offline_tools.compare_quantization.samples import Answers
 
 
 def test_our_bfloat16_costs_what_the_references_own_run_recorded(golden_dir: Path) -> None:
@@ -33,11 +31,11 @@ def test_our_bfloat16_costs_what_the_references_own_run_recorded(golden_dir: Pat
             noises.append(arrays["noise"][0])
             floats.append(arrays["n4.action_pred"][0])
             rows.append(int(arrays["embodiment_id"][0]))
-    nothing = Observation(images={}, state={}, instruction="")
     found = bfloat16_actions(
         golden_dir / "checkpoint",
         golden_dir / "eagle_config.json",
-        Answers((nothing,) * 3, tuple(inputs), tuple(noises), tuple(floats), {}),
+        inputs,
+        noises,
         embodiment_id=rows[0],
         denoising_steps=4,
     )

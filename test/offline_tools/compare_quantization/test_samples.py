@@ -10,6 +10,7 @@ import pytest
 from groot_int8_ros.capture.sample import check_sample
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.families import REFERENCE
 from groot_int8_ros.policy.policy import Policy
 from offline_tools.compare_quantization.samples import (
     answer,
@@ -62,7 +63,7 @@ def test_captured_samples_are_the_graphs_inputs(tiny_bundle: Path) -> None:
     steps = policy.manifest.denoising_steps
     policy.close()
     assert len(answers.feeds["dit"]) == 2 * steps
-    for index, sample in enumerate(capture_samples(answers, 3)):
+    for index, sample in enumerate(capture_samples(answers, REFERENCE, 3)):
         check_sample(sample)
         assert sample.dit is not None
         runs = answers.feeds["dit"][index * steps : (index + 1) * steps]

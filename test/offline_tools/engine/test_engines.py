@@ -126,7 +126,11 @@ def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"graphs": ("nothing",)}, ConfigurationError, "no graph 'nothing'; it has backbone"),
+        (
+            {"graphs": ("nothing",)},
+            ConfigurationError,
+            "no graph 'nothing' for an engine; it has backbone",
+        ),
         ({"exact": True}, ConfigurationError, "--exact needs --max-seq-len"),
         ({"opt_sa_seq": 5}, ConfigurationError, r"--opt-sa-seq 5: .* run 17 tokens \(1 state"),
         (

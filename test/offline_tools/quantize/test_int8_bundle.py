@@ -83,7 +83,7 @@ def test_the_recorded_error_is_what_the_policy_shows(
     from groot_int8_ros.policy.preprocess import ModelInputs
     from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 
-    held_out = CalibrationSet(CaptureStore.open(store)).split.held_out
+    held_out = CalibrationSet(CaptureStore.open(store), open_bundle(fp16_bundle)).split.held_out
     samples = [one for i, one in enumerate(CaptureStore.open(store).samples()) if i in held_out]
     answers = []
     used = 0
@@ -151,7 +151,7 @@ def dit_cache(fp16_bundle: Path, store: Path, tmp_path_factory: pytest.TempPathF
     """A calibration cache in TensorRT's format, with the largest magnitudes as its ranges."""
     graph = open_bundle(fp16_bundle).graph_path("dit")
     layers = find_layers(load_graph(graph))
-    feeds = CalibrationSet(CaptureStore.open(store)).fit_feeds("dit")
+    feeds = CalibrationSet(CaptureStore.open(store), open_bundle(fp16_bundle)).fit_feeds("dit")
     seen = collect(graph, feeds, layers, rows=1, seed=0, threads=1)
     path = tmp_path_factory.mktemp("cache") / "dit.cache"
     lines = [
