@@ -138,13 +138,10 @@ class Executor:
         """Return why the joint states make every channel hold, if so."""
         return self._joint_state_hold(steady_ns)
 
-    def channel_hold(self, channel: str, now_ns: int, steady_ns: int) -> Refusal | None:
-        """Return why a channel by itself has nothing to execute, if so."""
-        return self._hold(self._state_of(channel), now_ns, steady_ns)
-
     def chunk_silence_s(self, channel: str, steady_ns: int) -> float | None:
         """Return the seconds since a channel's newest chunk, or None before the first."""
-        return self._state_of(channel).watchdog.silence_s(steady_ns)
+        state = next(state for state in self._channels if state.channel.name == channel)
+        return state.watchdog.silence_s(steady_ns)
 
     def on_joint_state(
         self,
@@ -298,9 +295,9 @@ class Executor:
             (newest.last_ns - newest.first_ns) // max(len(newest.due_ns) - 1, 1),
             round(self.settings.control_period_s * NANOSECONDS),
         )
-        past = -(-round(history_s * NANOSECONDS) // period_ns)
-        ahead = (until_ns - now_ns) // period_ns
-        due_ns = until_ns - period_ns * np.arange(ahead + past, -1, -1, dtype=np.int64)
+        span_ns = until_ns - now_ns + round(history_s * NANOSECONDS)
+        count = -(-span_ns // period_ns)
+        due_ns = until_ns - period_ns * np.arange(count, -1, -1, dtype=np.int64)
         rows = []
         for due in due_ns.tolist():
             parts = [state.plan.at(due) for state in self._channels]
@@ -317,9 +314,6 @@ class Executor:
             due_ns=due_ns[: len(rows)],
             targets=np.stack(rows),
         )
-
-    def _state_of(self, channel: str) -> _ChannelState:
-        return next(state for state in self._channels if state.channel.name == channel)
 
     def _take_joint_state(
         self,

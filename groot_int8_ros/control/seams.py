@@ -182,5 +182,5 @@ def _weight(joined: _Joined, row_ns: int, seam_ns: int) -> float:
     """Return how far the blend to a chunk has come, 0 to 1."""
     if joined.since_ns > seam_ns:
         return 0.0
-    elapsed_s = min(1e-9, (row_ns - joined.since_ns) / NANOSECONDS)
+    elapsed_s = max(0.0, (row_ns - joined.since_ns) / NANOSECONDS)
     return 1.0 if elapsed_s >= joined.blend_s else elapsed_s / joined.blend_s

@@ -196,6 +196,6 @@ def test_the_tighter_of_two_limits_counts() -> None:
     tight = JointLimits.of(1, lower=-1.0, velocity=2.0).tightened(
         JointLimits.of(1, lower=-2.0, upper=0.5, velocity=1.0)
     )
-    assert (tight.lower, tight.upper, tight.velocity) == (-1.0, 0.5, 1.0)
+    assert [tight.lower[0], tight.upper[0], tight.velocity[0]] == [-1.0, 0.5, 1.0]
     with pytest.raises(ConfigurationError, match="upper"):
         JointLimits.of(1, lower=1.0).tightened(JointLimits.of(1, upper=0.0))

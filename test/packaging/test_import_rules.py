@@ -74,15 +74,16 @@ def test_robot_side_imports_neither_torch_nor_the_workstation_side(repository_ro
     assert _violations(repository_root, "groot_int8_ros", _WORKSTATION) == []
 
 
-@pytest.mark.parametrize("folder", ["policy", "capture"])
-def test_policy_and_capture_import_no_ros(repository_root: Path, folder: str) -> None:
+@pytest.mark.parametrize("folder", ["policy", "capture", "control"])
+def test_policy_capture_and_control_import_no_ros(repository_root: Path, folder: str) -> None:
     assert _violations(repository_root, f"groot_int8_ros/{folder}", _ROS_PACKAGE) == []
 
 
 @pytest.mark.parametrize(
-    ("folder", "packages"), [("policy", "policy"), ("capture", "capture|policy")]
+    ("folder", "packages"),
+    [("policy", "policy"), ("capture", "capture|policy"), ("control", "control")],
 )
-def test_policy_and_capture_import_nothing_of_the_ros_layer(
+def test_policy_capture_and_control_import_nothing_of_the_ros_layer(
     repository_root: Path, folder: str, packages: str
 ) -> None:
     allowed = re.compile(rf"^groot_int8_ros\.({packages}|errors|__version__)\b")
