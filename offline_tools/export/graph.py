@@ -256,7 +256,12 @@ def _example(value: GraphInput) -> torch.Tensor:
 _EXAMPLE_LENGTHS = {"batch": 2, "sequence": 40, "images": 6, "tokens": 9}
 
 
-def _dynamic_shapes(inputs: Mapping[str, GraphInput]) -> list[dict[int, torch.export.Dim]]:
+def _dynamic_shapes(
+    inputs: Mapping[str, GraphInput],
+) -> list[dict[int, torch.export.Dim]] | None:
+    if all(isinstance(axis, int) for value in inputs.values() for axis in value.shape):
+        # A `forward` with a varying number of inputs can be traced then.
+        return None
     dimensions: dict[str, torch.export.Dim] = {}
     shapes = []
     for value in inputs.values():

@@ -59,6 +59,26 @@ class CategoryMLP(nn.Module):
         return result
 
 
+def time_code(timestep: Tensor, width: int) -> Tensor:
+    """Return the action encoder's code of integer time buckets.
+
+    It has sines first, then cosines, of frequencies 10000 ** (-i / half), and is computed in
+    float32 because buckets reach 1000.
+
+    Args:
+        timestep: Time buckets, int64, shape (B,).
+        width: Width of the code.
+
+    Returns:
+        The code, float32, shape (B, width).
+    """
+    half = width // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    frequency = torch.exp(index * (-math.log(_LONGEST_PERIOD) / half))
+    angle = timestep.to(torch.float32).unsqueeze(1) * frequency
+    return torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+
+
 class CategoryActionEncoder(nn.Module):
     """Embedding of noisy actions together with the integer time bucket."""
 
@@ -74,9 +94,6 @@ class CategoryActionEncoder(nn.Module):
     ) -> Tensor:
         """Embed actions.
 
-        The time code has sines first, then cosines, of frequencies 10000 ** (-i / half), and is
-        computed in float32 because buckets reach 1000.
-
         Args:
             actions: Noisy actions, shape (B, H, max_action_dim).
             timestep: Time buckets, int64, shape (B,).
@@ -85,11 +102,7 @@ class CategoryActionEncoder(nn.Module):
         Returns:
             Features without position, shape (B, H, width).
         """
-        half = self.width // 2
-        index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        frequency = torch.exp(index * (-math.log(_LONGEST_PERIOD) / half))
-        angle = timestep.to(torch.float32).unsqueeze(1) * frequency
-        code = torch.cat([torch.sin(angle), torch.cos(angle)], dim=1)
+        code = time_code(timestep, self.width)
         embedded = self.W1(actions, embodiment_id)
         code = code.to(embedded.dtype).unsqueeze(1).expand(-1, embedded.shape[1], -1)
         joined = torch.cat([embedded, code], dim=2)

@@ -20,15 +20,17 @@ from offline_tools.model.configuration import DiTConfig
 TIMESTEP_CHANNELS = 256
 _LONGEST_PERIOD = 10000.0
 # The reference hands `norm_eps` to a block's plain norm only; the other two have fixed values.
-_ADAPTIVE_NORM_EPS = 1e-5
-_OUTPUT_NORM_EPS = 1e-6
+ADAPTIVE_NORM_EPS = 1e-5
+OUTPUT_NORM_EPS = 1e-6
 
 
-def _plain_layer_norm(x: Tensor, eps: float) -> Tensor:
+def plain_layer_norm(x: Tensor, eps: float) -> Tensor:
+    """Normalise the last axis, without learned scale and shift."""
     return F.layer_norm(x, (x.shape[-1],), eps=eps)
 
 
-def _modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Scale and shift tokens of shape (B, T, width) by vectors of shape (B, width)."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
@@ -43,6 +45,26 @@ class _TimestepEmbedder(nn.Module):
         return result
 
 
+def timestep_code(timestep: Tensor) -> Tensor:
+    """Return the DiT's code of integer time buckets.
+
+    It has 128 cosines, then 128 sines, of frequencies from 1 down to 1/10000, both ends included,
+    and is computed in float32 because buckets reach 1000.
+
+    Args:
+        timestep: Time buckets, int64, shape (B,).
+
+    Returns:
+        The code, float32, shape (B, 256).
+    """
+    half = TIMESTEP_CHANNELS // 2
+    index = torch.arange(half, dtype=torch.float32, device=timestep.device)
+    # Multiplied before divided, as the reference does: at bucket 1000 the last bit shows.
+    frequency = torch.exp(index * -math.log(_LONGEST_PERIOD) / (half - 1))
+    angle = timestep.to(torch.float32).unsqueeze(1) * frequency
+    return torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+
+
 class TimestepEncoder(nn.Module):
     """Embedding of the integer time bucket."""
 
@@ -53,21 +75,13 @@ class TimestepEncoder(nn.Module):
     def forward(self, timestep: Tensor) -> Tensor:
         """Embed time buckets.
 
-        The code has 128 cosines, then 128 sines, of frequencies from 1 down to 1/10000, both
-        ends included; it is computed in float32 because buckets reach 1000.
-
         Args:
             timestep: Time buckets, int64, shape (B,).
 
         Returns:
             Embedding, shape (B, width).
         """
-        half = TIMESTEP_CHANNELS // 2
-        index = torch.arange(half, dtype=torch.float32, device=timestep.device)
-        # Multiplied before divided, as the reference does: at bucket 1000 the last bit shows.
-        frequency = torch.exp(index * -math.log(_LONGEST_PERIOD) / (half - 1))
-        angle = timestep.to(torch.float32).unsqueeze(1) * frequency
-        code = torch.cat([torch.cos(angle), torch.sin(angle)], dim=1)
+        code = timestep_code(timestep)
         weight = self.timestep_embedder.linear_1.weight
         result: Tensor = self.timestep_embedder(code.to(weight.dtype))
         return result
@@ -84,7 +98,7 @@ class AdaptiveLayerNorm(nn.Module):
         """Normalise tokens of shape (B, T, width) at times of shape (B, width)."""
         # Scale comes first here; the DiT's output head has them the other way round.
         scale, shift = self.linear(F.silu(time)).chunk(2, dim=1)
-        return _modulate(_plain_layer_norm(x, _ADAPTIVE_NORM_EPS), scale, shift)
+        return modulate(plain_layer_norm(x, ADAPTIVE_NORM_EPS), scale, shift)
 
 
 class Attention(nn.Module):
@@ -177,7 +191,7 @@ class Block(nn.Module):
         """
         normed = self.norm1(x, time)
         x = x + self.attn1(normed, normed if context is None else context, bias)
-        result: Tensor = x + self.ff(_plain_layer_norm(x, self.eps))
+        result: Tensor = x + self.ff(plain_layer_norm(x, self.eps))
         return result
 
 
@@ -274,6 +288,6 @@ class AlternateVLDiT(nn.Module):
 
         shift, scale = self.proj_out_1(F.silu(time)).chunk(2, dim=1)
         result: Tensor = self.proj_out_2(
-            _modulate(_plain_layer_norm(x, _OUTPUT_NORM_EPS), scale, shift)
+            modulate(plain_layer_norm(x, OUTPUT_NORM_EPS), scale, shift)
         )
         return result

@@ -1,0 +1,148 @@
+"""The model after each transformation as graphs that can be traced: what the cost table counts.
+
+Owns: the graphs of every stage from the reference implementation to the deployed graphs, and how
+often an observation runs each. Must not count or time anything itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from groot_int8_ros.policy.token_layout import TokenLayout
+from offline_tools.export.deployed_graphs import fixed_spec, head_spec
+from offline_tools.export.graph import GraphSpec
+from offline_tools.export.graphs import PRECISIONS
+from offline_tools.model.action_head import ActionDecoder, ActionEncoder, ActionHead, Conditioner
+from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.deployed.head import unrolled_stages
+from offline_tools.model.deployed.head_parts import InputShapes
+from offline_tools.model.dit import AlternateVLDiT
+
+REFERENCE = "reference"
+
+
+@dataclass(frozen=True)
+class StageGraph:
+    """One graph of a stage.
+
+    Attributes:
+        name: What it computes.
+        spec: What is traced.
+        runs: How often one observation runs it.
+    """
+
+    name: str
+    spec: GraphSpec
+    runs: int
+
+
+class EveryEmbodiment(nn.Module):
+    """One of the small graphs around the DiT with the weights of all embodiments.
+
+    Args:
+        config: Sizes of the model.
+        method: Method of `ActionHead` that it runs.
+    """
+
+    def __init__(self, config: ModelConfig, method: Callable[..., object]) -> None:
+        super().__init__()
+        self.action_head = ActionHead(config)
+        self.method = method
+
+    def forward(self, *tensors: Tensor) -> object:
+        """Run the method; the last tensor is the embodiment's row, int64, shape (1,)."""
+        return self.method(self.action_head, *tensors)
+
+
+def head_stages(
+    config: ModelConfig, layout: TokenLayout, steps: int, precision: str
+) -> dict[str, tuple[StageGraph, ...]]:
+    """Return the action head before and after each transformation, in their order.
+
+    Args:
+        config: Sizes of the model.
+        layout: Where the prompt's tokens stand.
+        steps: Number of Euler steps.
+        precision: `fp32` or `fp16`, for the DiT; what stands around it is float32.
+
+    Returns:
+        Graphs by the name of the transformation that led to them; the first is `REFERENCE`.
+    """
+    dtype = PRECISIONS[precision]
+    stages = {
+        REFERENCE: _separate_graphs(config, layout, steps, dtype, sliced=False),
+        "embodiment_slice": _separate_graphs(config, layout, steps, dtype, sliced=True),
+    }
+    for name, parts in unrolled_stages().items():
+        spec = head_spec(config, layout, steps, parts, dtype)
+        stages[name] = (StageGraph("action_head", spec, 1),)
+    return stages
+
+
+def _separate_graphs(
+    config: ModelConfig, layout: TokenLayout, steps: int, dtype: torch.dtype, *, sliced: bool
+) -> tuple[StageGraph, ...]:
+    """Return the reference family's graphs for one observation and one length of prompt."""
+    dit, float32 = config.dit, torch.float32
+    length = layout.prefix_length + layout.live_length
+    tokens = (1, 1 + config.action_horizon)
+    row: InputShapes = {} if sliced else {"embodiment_id": ((1,), torch.int64)}
+    timestep: InputShapes = {"timestep": ((1,), torch.int64)}
+    masks: InputShapes = {
+        "image_mask": ((1, length), torch.bool),
+        "backbone_attention_mask": ((1, length), torch.bool),
+    }
+
+    def around(
+        own: Callable[[ModelConfig], nn.Module], method: Callable[..., object]
+    ) -> Callable[[], nn.Module]:
+        return lambda: own(config) if sliced else EveryEmbodiment(config, method)
+
+    conditioner = fixed_spec(
+        around(Conditioner, ActionHead.condition),
+        {
+            "hidden_states": ((1, length, dit.cross_dim), float32),
+            "state": ((1, config.max_state_dim), float32),
+            **row,
+        },
+        ("vl_embs", "state_features"),
+        float32,
+    )
+    encoder = fixed_spec(
+        around(ActionEncoder, ActionHead.encode_action),
+        {
+            "state_features": ((1, 1, dit.width), float32),
+            "actions": ((1, config.action_horizon, config.max_action_dim), float32),
+            **timestep,
+            **row,
+        },
+        ("sa_embs",),
+        float32,
+    )
+    transformer = fixed_spec(
+        lambda: AlternateVLDiT(dit),
+        {
+            "sa_embs": ((*tokens, dit.width), dtype),
+            "vl_embs": ((1, length, dit.cross_dim), dtype),
+            **timestep,
+            **masks,
+        },
+        ("output",),
+        dtype,
+    )
+    decoder = fixed_spec(
+        around(ActionDecoder, ActionHead.decode_velocity),
+        {"dit_output": ((*tokens, dit.output_dim), float32), **row},
+        ("velocity",),
+        float32,
+    )
+    return (
+        StageGraph("conditioner", conditioner, 1),
+        StageGraph("action_encoder", encoder, steps),
+        StageGraph("dit", transformer, steps),
+        StageGraph("action_decoder", decoder, steps),
+    )
