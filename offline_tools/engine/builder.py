@@ -174,7 +174,7 @@ def build_plan(
         config = builder.create_builder_config()
         flags += _configure(config, settings, library)
         if not strong:
-            flags += _configure_precision(config, network, build, library)
+            flags += configure_precision(config, network, build, library)
         varying = _fix_shapes(network, build.profiles)
         profile = _profile(builder, varying)
         if profile is not None:
@@ -304,10 +304,20 @@ def _configure(config: Any, settings: BuilderSettings, library: Library) -> list
     return flags
 
 
-def _configure_precision(
+def configure_precision(
     config: Any, network: Any, build: GraphBuild, library: Library
 ) -> list[str]:
-    """Set the flags of a weakly typed build, and hold what the graph wants in float32 to it."""
+    """Set the flags of a weakly typed build, and hold what the graph wants in float32 to it.
+
+    Args:
+        config: TensorRT's builder configuration.
+        network: The parsed network.
+        build: What is built.
+        library: With which TensorRT.
+
+    Returns:
+        What was set, for a person.
+    """
     trt = library.trt
     float32 = _float32_values(build.graph)
     mixed = float32 is not None

@@ -11,6 +11,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import types
@@ -40,7 +41,7 @@ from offline_tools.engine.builder import (
     use_timing_cache,
 )
 from offline_tools.engine.calibration_cache import CacheRecord, hash_of_graph, write_cache
-from offline_tools.engine.engines import BuildOptions, build_engines
+from offline_tools.engine.engines import LOW_MEMORY, BuildOptions, build_engines
 from offline_tools.engine.library import RTX, open_library
 from offline_tools.engine.profiles import lengths_of
 from offline_tools.engine.weight_form import has_stored_int8_weights, write_with_float_weights
@@ -190,10 +191,34 @@ def test_progress_is_reported_while_it_builds(
         record.inputs,
         lengths_of(bundle).profiles(record.inputs),
     )
-    built = build_plan(build, BuilderSettings(level=1), open_library(RTX), show_progress=True)
-    assert "action_encoder" in capsys.readouterr().err
-    assert "level 1" in built.flags
-    assert "strongly typed" in built.flags
+    built = build_plan(build, LOW_MEMORY, open_library(RTX), show_progress=True)
+    # A bar with the time that is left, from TensorRT's own steps.
+    assert re.search(r"action_encoder: .*/\d+ \[\d\d:\d\d<", capsys.readouterr().err)
+    wanted = {"strongly typed", "workspace 256 MiB", "tactic_dram 1024 MiB", "level 2"}
+    assert wanted <= set(built.flags)
+
+
+def test_build_that_will_not_fit_is_refused_before_any_engine_is_built(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Small:
+        """A board whose memory is taken."""
+
+        def device(self) -> Device:
+            return replace(_DEVICE, integrated=True)
+
+        def free_bytes(self) -> int:
+            return 1 << 30
+
+    monkeypatch.setattr("offline_tools.engine.engines.Cuda", Small)
+    lines: list[str] = []
+    options = BuildOptions(bundle_copy, graphs=("action_decoder",))
+    with pytest.raises(EngineError, match=r"GiB of shared memory, and 1\.0 GiB are free"):
+        build_engines(options, lines.append, library_name=RTX)
+    assert "forecast:" in lines[-1]
+    assert not list((bundle_copy / "engines").glob("*/*"))
+    build_engines(replace(options, ignore_forecast=True), lines.append, library_name=RTX)
+    assert len(list((bundle_copy / "engines").glob("*/*.engine"))) == 1
 
 
 def test_rebuild_options_are_those_that_say_what_and_not_where() -> None:
@@ -275,7 +300,7 @@ from pathlib import Path
 from groot_int8_ros.policy.engines.cuda import Device
 from offline_tools.cli import main
 from offline_tools.engine.builder import BuilderSettings
-from offline_tools.engine.engines import BuildOptions, build_engines
+from offline_tools.engine.engines import LOW_MEMORY, BuildOptions, build_engines
 bundle = sys.argv[1]
 options = BuildOptions(
     Path(bundle), graphs=("dit",), settings=BuilderSettings(weight_form="float-pair")

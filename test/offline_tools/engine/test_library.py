@@ -13,11 +13,19 @@ import types
 from pathlib import Path
 from typing import Any
 
+import onnx_ir
 import pytest
 
 from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines import TensorSpec
-from offline_tools.engine.builder import BuilderSettings, Calibration, GraphBuild, build_plan
+from offline_tools.engine.builder import (
+    BuilderSettings,
+    Calibration,
+    GraphBuild,
+    build_plan,
+    configure_precision,
+)
 from offline_tools.engine.library import RTX, Library, open_library
 
 _NAMES: dict[str, list[str]] = json.loads(
@@ -103,6 +111,68 @@ def test_what_a_version_cannot_build_is_refused_with_what_it_can(
 ) -> None:
     with pytest.raises(EngineError, match=message):
         build_plan(build, BuilderSettings(), _library(version))
+
+
+class _Layer:
+    """A layer of a stand-in network: its kind, and the value that it gives."""
+
+    def __init__(self, kind: str, output: str) -> None:
+        self.type, self.precision, self.held = kind, None, False
+        self._output = types.SimpleNamespace(name=output)
+
+    def get_output(self, index: int) -> Any:
+        return self._output
+
+    def set_output_type(self, index: int, dtype: str) -> None:
+        self.held = dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("graph_precision", "precision", "calibrated", "flags"),
+    [
+        ("fp32", "fp32", False, set()),
+        ("fp32", "fp16", False, {"FP16"}),
+        ("fp16", "fp16", False, {"FP16", "OBEY_PRECISION_CONSTRAINTS"}),
+        ("fp32", "int8", True, {"INT8", "FP16"}),
+    ],
+)
+def test_weak_types_get_flags_and_what_is_float32_on_purpose_is_held(
+    request: pytest.FixtureRequest,
+    graph_precision: str,
+    precision: str,
+    calibrated: bool,
+    flags: set[str],
+) -> None:
+    fixture = {"fp32": "tiny_bundle", "fp16": "fp16_bundle"}[graph_precision]
+    bundle = open_bundle(request.getfixturevalue(fixture), verify_hashes=False)
+    graph = bundle.graph_path("backbone")
+    arithmetic = [
+        (node, value)
+        for node in onnx_ir.load(graph).graph
+        for value in node.outputs
+        if node.op_type in ("Pow", "ReduceMean", "MatMul", "Reshape")
+    ]
+    kinds = {"Pow": "ELEMENTWISE", "ReduceMean": "REDUCE", "MatMul": "MATRIX_MULTIPLY"}
+    layers = [
+        _Layer(kinds.get(node.op_type, "SHUFFLE"), str(value.name)) for node, value in arithmetic
+    ]
+    network = types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    library = _library("8.6.1")
+    names = ("ELEMENTWISE", "REDUCE", "MATRIX_MULTIPLY", "SHUFFLE")
+    library.trt.LayerType = types.SimpleNamespace(**{name: name for name in names})
+    library.trt.float32 = "float32"
+    for name in ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"):
+        setattr(library.trt.BuilderFlag, name, name)
+    found: set[str] = set()
+    calibration = Calibration(None, b"cache") if calibrated else None
+    build = GraphBuild(graph, graph_precision, precision, {}, {}, calibration)
+    configure_precision(types.SimpleNamespace(set_flag=found.add), network, build, library)
+    assert found == flags
+    held = {
+        node.op_type for (node, _), layer in zip(arithmetic, layers, strict=True) if layer.held
+    }
+    # The square and the mean of RMSNorm, which leave FP16's range in the real model.
+    assert held == ({"Pow", "ReduceMean"} if graph_precision == "fp16" else set())
 
 
 def test_the_one_that_runs_here_has_what_is_asked_of_it() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -88,6 +89,7 @@ def test_the_plan_says_what_would_run_and_runs_nothing(
     assert "skip" in lines["export"]
     assert "what it is made from has changed (as the last time)" in lines["calibrate"]
     assert "calibrate runs before it" in lines["quantize"]
+    assert re.search(r"^about \d+ (s|min) in all$", printed, re.MULTILINE)
 
 
 def test_changed_option_runs_its_step_and_those_behind_it(
