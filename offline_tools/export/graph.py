@@ -63,7 +63,7 @@ class GraphSpec:
         build: Makes the module; called under `FakeTensorMode`.
         inputs: In the order of the module's `forward`.
         outputs: Names of what `forward` returns.
-        dtype: Type of the weights.
+        dtype: Type of the weights, but for those that the module gives another type.
     """
 
     build: Callable[[], nn.Module]
@@ -74,9 +74,13 @@ class GraphSpec:
 
 def weight_bytes(spec: GraphSpec) -> int:
     """Return the number of bytes that a graph's weights will take."""
+    return sum(parameter.nbytes for parameter in build_empty(spec).parameters())
+
+
+def build_empty(spec: GraphSpec) -> nn.Module:
+    """Return a graph's module with its parameters on the meta device: types without memory."""
     with torch.device("meta"):
-        module = spec.build()
-    return spec.dtype.itemsize * sum(parameter.numel() for parameter in module.parameters())
+        return _with_default_dtype(spec.build, spec.dtype).eval()
 
 
 def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
