@@ -44,7 +44,9 @@ from sensor_msgs.msg import CompressedImage, Image, JointState
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.prefix_model import compute_prefix
 from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
 from groot_int8_ros.policy.types import Observation
 from groot_int8_ros.policy_node import PolicyNode
@@ -233,7 +235,7 @@ class Robot:
             if camera.key not in skip:
                 self._publishers[camera.key].publish(image)
 
-    def expected(self, info: dict[str, Any]) -> np.ndarray:
+    def expected(self, info: dict[str, Any], policy: Policy | None = None) -> np.ndarray:
         """Compute the chunk of `info` again from what was published."""
         streams = info["streams"]
         positions = self.positions[streams["joint_state"]["stamp_ns"]]
@@ -247,7 +249,7 @@ class Robot:
             camera.key: self.frames[camera.key, streams[f"camera {camera.key}"]["stamp_ns"]]
             for camera in self.policy.robot.cameras
         }
-        chunk = self.policy.infer(
+        chunk = (policy or self.policy).infer(
             Observation(images, state, info["instruction"], info["stamp_ns"]), seed=info["seed"]
         )
         return np.concatenate(
@@ -541,6 +543,88 @@ def test_instruction_that_was_latched_before_the_node_came_counts(
     robot.forget()
     robot.until(lambda: len(robot.infos) >= 3, "more chunks", robot.observe)
     assert {info["instruction"] for info in robot.infos} == {"stack the cups"}
+
+
+def test_unknown_instruction_is_held_until_its_prefix_is_computed_and_answered_then(
+    start_node: StartNode, robot: Robot, small_deployed: Path
+) -> None:
+    node = start_node(bundle=str(small_deployed))
+    robot.until(lambda: robot.pairs(), "a chunk of a known instruction", robot.observe)
+    robot.instructions.publish(String(data="Open the drawer!"))
+    robot.until(
+        lambda: robot.infos[-1]["instruction"] == "Open the drawer!", "new task", robot.observe
+    )
+    names = [info["instruction"] for info in robot.infos]
+    # The old task until it was replaced, then nothing until the new one could be answered.
+    assert names == sorted(names, key=[INSTRUCTION, "Open the drawer!"].index)
+    assert "is being computed on the CPU" in node.text()
+    assert "is there after" in node.text()
+    deployed = Policy.load(small_deployed, threads=1)
+    deployed.add_prefix(compute_prefix(open_bundle(small_deployed), "open the drawer", threads=1))
+    chunk, info = robot.until(
+        lambda: [pair for pair in robot.pairs() if pair[1]["instruction"] != INSTRUCTION],
+        "the new task's chunk with its info",
+        robot.observe,
+    )[0]
+    np.testing.assert_allclose(
+        [list(point.positions) for point in chunk.points],
+        robot.expected(info, deployed),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+    deployed.close()
+
+
+def test_unknown_instruction_without_prefix_model_is_refused_by_name(
+    start_node: StartNode,
+    robot: Robot,
+    write_small_deployed: Callable[..., Path],
+    tiny_bundle: Path,
+    tmp_path: Path,
+) -> None:
+    bundle = write_small_deployed(tmp_path / "bundle", tiny_bundle, prefix_model=False)
+    start_node(bundle=str(bundle), instruction="open the drawer")
+    robot.until(
+        lambda: robot.says("instruction", "'pick up the cube'; 'put it down'.*add-instruction"),
+        "refusal",
+        robot.observe,
+    )
+    assert not robot.chunks
+    assert robot.set("instruction", INSTRUCTION).successful
+    robot.until(lambda: robot.pairs(), "a chunk of a known instruction", robot.observe)
+
+
+def test_camera_of_another_size_and_costly_graphs_are_told_at_configure(
+    start_node: StartNode, robot: Robot
+) -> None:
+    node = start_node(autostart=False)
+    assert robot.state() == "unconfigured"
+
+    def shrink(message: Image) -> None:
+        message.width, message.step = 32, 3 * 32
+        message.data = bytes(3 * 32 * message.height)
+
+    def told() -> re.Match[str] | None:
+        return re.search(
+            r"32x480 pixels, but the bundle was exported.*groot-int8 export", node.text()
+        )
+
+    request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_CONFIGURE))
+    for _ in range(5):
+        future = robot._change.call_async(request)
+        robot.until(
+            future.done,
+            "answer of configure",
+            lambda: robot.observe(frame=shrink, skip=(robot.compressed_cameras[0].key,)),
+        )
+        # It goes on: the driver may be set right while the node runs.
+        assert future.result().success
+        if told():
+            break
+        # On a busy machine no frame may have come within the moment that is waited for.
+        assert robot.change(Transition.TRANSITION_CLEANUP)
+    assert told()
+    assert "every chunk takes 8 runs of graphs instead of 2" in node.text()
 
 
 def test_activate_works_again_once_a_hung_inference_has_returned(

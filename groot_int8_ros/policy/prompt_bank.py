@@ -228,8 +228,7 @@ class PromptBank:
             ObservationError: It is longer than the graphs have room for.
         """
         self.check_length(input_ids)
-        key = _key(input_ids)
-        if key in self._ready or key in self._files:
+        if self.knows(input_ids):
             return
         known = "; ".join(repr(text) for text in self.instructions) or "none"
         raise UnknownInstructionError(
@@ -243,6 +242,11 @@ class PromptBank:
             + f"In the bundle are: {known}. To add it: groot-int8 add-instruction --bundle "
             f"{self._folder} TEXT"
         )
+
+    def knows(self, input_ids: Int64Array) -> bool:
+        """Whether there is a prefix of these token ids."""
+        key = _key(input_ids)
+        return key in self._ready or key in self._files
 
     def check_length(self, input_ids: Int64Array) -> None:
         """Raise `ObservationError` if a prefix is longer than the graphs have room for."""

@@ -7,6 +7,7 @@ conversion happens in `read`, in the thread that asks for an observation.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -25,8 +26,8 @@ from groot_int8_ros.ros.parameters import CameraParameters, NodeParameters
 
 JOINT_STATE = "joint_state"
 
-# A camera at 5 Hz, seen by a subscription that is new.
-_FIRST_FRAME_S = 0.3
+# Time for a new subscription to be found and to get a frame, all cameras together.
+_FIRST_FRAMES_S = 1.0
 
 
 def camera_stream_name(key: str) -> str:
@@ -132,16 +133,18 @@ class ObservationStreams:
         frame within a moment. The others are judged when they are used.
         """
         faults = []
+        end_s = time.monotonic() + _FIRST_FRAMES_S
         for camera in self._cameras:
-            name = camera_stream_name(camera.key)
-            if not self._node.count_publishers(self._topics[name]):
+            left_s = end_s - time.monotonic()
+            topic = self._topics[camera_stream_name(camera.key)]
+            if left_s <= 0 or not self._node.count_publishers(topic):
                 continue
             came, message = wait_for_message(
                 _message_type(camera),
                 self._node,
                 camera.topic,
                 qos_profile=self._qos,
-                time_to_wait=_FIRST_FRAME_S,
+                time_to_wait=left_s,
             )
             if came:
                 try:
