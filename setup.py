@@ -36,6 +36,7 @@ EXTRAS = {
         f"ros-ament-index-python{WHEELS}",
         f"ros-builtin-interfaces{WHEELS}",
         f"ros-diagnostic-msgs{WHEELS}",
+        f"ros-geometry-msgs{WHEELS}",
         f"ros-lifecycle-msgs{WHEELS}",
         f"ros-rcl-interfaces{WHEELS}",
         f"ros-rosgraph-msgs{WHEELS}",
@@ -133,6 +134,7 @@ setup(
             "groot-int8 = offline_tools.cli:main",
             f"policy_node = {PACKAGE}.policy_node:main",
             f"calibration_recorder_node = {PACKAGE}.calibration_recorder_node:main",
+            f"chunk_executor_node = {PACKAGE}.chunk_executor_node:main",
         ],
     },
 )

@@ -218,6 +218,15 @@ class Executor:
         self._enabled = False
         self._rests = 0
 
+    def end(self) -> None:
+        """Command no more from now on, even where an emergency stop is latched.
+
+        For the end of a process or an activation, after `disable` and enough steps to rest.
+        Whoever enables again begins where the robot stands then.
+        """
+        self._enabled = self._commanding = False
+        self._clear_plans(None)
+
     def estop(self, reason: str) -> None:
         """Hold until `reset_estop`, whatever else happens; the first reason is kept."""
         if self._estop is None:
@@ -273,12 +282,15 @@ class Executor:
         self._count_rests(command)
         return command
 
-    def commitment(self, now_ns: int, history_s: float = 1.0) -> Commitment | None:
+    def commitment(
+        self, now_ns: int, *, history_s: float = 1.0, margin_s: float = 0.0
+    ) -> Commitment | None:
         """Return what will be executed until the next chunk is expected, for seam `rtc`.
 
         Args:
             now_ns: ROS time.
             history_s: How much of the past to include.
+            margin_s: How long the policy may begin after now.
 
         Returns:
             The commitment, in the joints of all channels; None while nothing is executed or the
@@ -289,7 +301,8 @@ class Executor:
         executing = self._enabled and not any(state.hold for state in self._channels)
         if expected_s is None or newest is None or not executing:
             return None
-        until_ns = now_ns + round((expected_s + self.settings.control_period_s) * NANOSECONDS)
+        ahead_s = expected_s + margin_s + self.settings.control_period_s
+        until_ns = now_ns + round(ahead_s * NANOSECONDS)
         # Rows closer together than commands would say nothing more.
         period_ns = max(
             (newest.last_ns - newest.first_ns) // max(len(newest.due_ns) - 1, 1),
@@ -644,5 +657,4 @@ class Executor:
             return
         self._rests += 1
         if self._estop is None and self._rests >= self.settings.final_holds:
-            self._commanding = False
-            self._clear_plans(None)
+            self.end()

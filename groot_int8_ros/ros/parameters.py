@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args
 
 from rcl_interfaces.msg import (
     FloatingPointRange,
@@ -36,7 +36,6 @@ from groot_int8_ros.ros.topics import default_image_topic
 
 TRANSPORTS = ("raw", "compressed")
 _UNITS = get_args(JointUnit)
-_BUNDLE_PREFIXES = ("cameras.", "state_joints.", "action_joints.")
 # Parameters that rclpy declares for every node.
 _RCLPY_NAMES = ("use_sim_time", "start_type_description_service", "qos_overrides.")
 
@@ -214,7 +213,11 @@ PARAMETERS: Mapping[str, Declaration] = {
 }
 
 
-P = TypeVar("P", bound=NodeParameters)
+class _Dataclass(Protocol):
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+P = TypeVar("P", bound=_Dataclass)
 
 
 class ParameterSet(Generic[P]):
@@ -233,6 +236,9 @@ class ParameterSet(Generic[P]):
     Raises:
         ConfigurationError: A value has the wrong type or lies outside its range.
     """
+
+    # Of the names that are declared when it is known what they are for, at configure.
+    prefixes: ClassVar[tuple[str, ...]] = ("cameras.", "state_joints.", "action_joints.")
 
     def __init__(
         self,
@@ -271,9 +277,9 @@ class ParameterSet(Generic[P]):
             state_joints=self._joint_groups("state_joints", robot.state_joints),
             action_joints=self._joint_groups("action_joints", robot.action_joints),
         )
-        unknown = [name for name in self.strangers() if name.startswith(_BUNDLE_PREFIXES)]
+        unknown = [name for name in self.strangers() if name.startswith(self.prefixes)]
         if unknown:
-            known = [name for name in self._declared if name.startswith(_BUNDLE_PREFIXES)]
+            known = [name for name in self._declared if name.startswith(self.prefixes)]
             raise ConfigurationError(
                 f"parameter '{unknown[0]}' belongs to nothing in the bundle, which has "
                 f"{', '.join(known)}; correct or remove it"
@@ -285,9 +291,7 @@ class ParameterSet(Generic[P]):
         updates = {}
         for change in changes:
             declaration = self._declarations.get(change.name)
-            fixed = (
-                not declaration.live if declaration else change.name.startswith(_BUNDLE_PREFIXES)
-            )
+            fixed = not declaration.live if declaration else change.name.startswith(self.prefixes)
             if configured and fixed:
                 return SetParametersResult(
                     successful=False,
@@ -390,6 +394,17 @@ class ParameterSet(Generic[P]):
             for name in sorted(self._node.get_parameters_by_prefix(""))
             if name not in self._declared and not name.startswith(_RCLPY_NAMES)
         ]
+
+    @staticmethod
+    def check_topic(name: str, topic: str) -> None:
+        """Refuse a topic that is none.
+
+        Raises:
+            ConfigurationError: The parameter `name` does not hold a topic's name.
+        """
+        fault = _topic_fault(name, topic)
+        if fault:
+            raise ConfigurationError(fault)
 
     def _declare(self, name: str, default: Any, descriptor: ParameterDescriptor) -> Any:
         node = self._node

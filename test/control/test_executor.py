@@ -192,6 +192,21 @@ def test_estop_is_latched_until_it_is_reset(make_bench: MakeBench) -> None:
     assert bench.executor.counters.estops == 1
 
 
+def test_what_has_ended_commands_nothing_even_while_a_stop_is_latched(
+    make_bench: MakeBench,
+) -> None:
+    bench = running(make_bench)
+    bench.executor.estop("button")
+    bench.step(50)
+    bench.executor.end()
+    # The arm is moved by hand; a hold at the old pose would be a jump.
+    bench.measured = dict.fromkeys(bench.measured, -1.0)
+    assert bench.step(5).channels == ()
+    bench.executor.reset_estop()
+    assert bench.enable() is None
+    assert bench.step().channels[0].values.tolist() == [-1.0, -1.0]
+
+
 def test_estop_before_enabling_keeps_it_from_being_enabled(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.executor.estop("button")

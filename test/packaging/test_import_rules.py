@@ -207,6 +207,26 @@ def test_importing_the_whole_robot_side_loads_no_torch(repository_root: Path) ->
     assert [name for name in report["without_ros"] if not may_need_ros.match(name)] == []
 
 
+def test_the_process_that_owns_commands_loads_no_policy_and_no_engine(
+    repository_root: Path,
+) -> None:
+    pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+    heavy = re.compile(
+        r"^(groot_int8_ros\.policy\.(policy|engines)|onnxruntime|tensorrt|tokenizers|cv2|PIL)\b"
+    )
+    code = "import json, sys; import groot_int8_ros.chunk_executor_node; "
+    done = subprocess.run(
+        [sys.executable, "-c", code + "print(json.dumps(sorted(sys.modules)))"],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert [name for name in json.loads(done.stdout) if heavy.match(name)] == []
+
+
 @pytest.mark.parametrize(
     "subcommand",
     [

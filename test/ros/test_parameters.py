@@ -20,6 +20,7 @@ from rclpy.parameter import Parameter
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import CameraSpec, JointSpec
+from groot_int8_ros.ros.executor_parameters import EXECUTOR_PARAMETERS
 from groot_int8_ros.ros.parameters import PARAMETERS, Declaration, Parameters
 from groot_int8_ros.ros.recorder_parameters import RECORDER_PARAMETERS
 
@@ -63,7 +64,11 @@ def parameters(node: Node, configured: bool = False) -> Parameters:
 
 @pytest.mark.parametrize(
     ("file", "declarations"),
-    [("policy.yaml", PARAMETERS), ("calibration_recorder.yaml", RECORDER_PARAMETERS)],
+    [
+        ("policy.yaml", PARAMETERS),
+        ("calibration_recorder.yaml", RECORDER_PARAMETERS),
+        ("chunk_executor.yaml", EXECUTOR_PARAMETERS),
+    ],
 )
 def test_yaml_documents_every_parameter_with_its_default_and_range(
     repository_root: Path, file: str, declarations: Mapping[str, Declaration]

@@ -1,0 +1,625 @@
+"""The fault matrix of the chunk executor: its own process, real DDS, a policy in a third process.
+
+Each fault says what has to be seen. In all of them the commands that came keep the limits, and the
+node recovers by itself where the fault goes. GROOT_FAULT_ROUNDS is the number of SIGTERMs at
+random moments; `make faults` runs the long form.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import Twist
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.srv import SetParameters
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rosgraph_msgs.msg import Clock
+from sensor_msgs.msg import JointState
+from std_msgs.msg import Float64MultiArray
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import JointTrajectory
+
+from groot_int8_ros.ros.joints import time_message
+
+from .policy_peer import LATENCY_NS, chunk
+
+DEADLINE_S = 60.0
+DOMAIN_ID = 1 + os.getpid() % 100
+ROUNDS = int(os.environ.get("GROOT_FAULT_ROUNDS", "3"))
+PEER = Path(__file__).with_name("policy_peer.py")
+
+UPPER, SPEED, ACCELERATION, PERIOD_S = 0.5, 1.0, 10.0, 0.02
+PARAMETERS: dict[str, Any] = {
+    "channels": ["arm", "hand", "base"],
+    "joint_state_topic": "/test/joint_states",
+    "chunk_timeout_s": 0.6,
+    "joint_state_timeout_s": 0.3,
+    "control_rate_hz": 1.0 / PERIOD_S,
+    "autostart": True,
+    "channel": {
+        "arm": {
+            "joints": ["shoulder", "elbow"],
+            "topic": "/test/arm",
+            "lower": [-UPPER],
+            "upper": [UPPER],
+            "velocity": [SPEED],
+            "acceleration": [ACCELERATION],
+            "guard_distance": [5.0],
+        },
+        "hand": {
+            "joints": ["jaw"],
+            "output": "float64_multi_array",
+            "topic": "/test/hand",
+            "velocity": [SPEED],
+            "acceleration": [ACCELERATION],
+            "guard_distance": [5.0],
+        },
+        "base": {
+            "joints": ["base_x", "base_yaw"],
+            "interface": "velocity",
+            "output": "twist",
+            "axes": ["linear.x", "angular.z"],
+            "topic": "/test/base",
+            "velocity": [0.5],
+            "acceleration": [2.0],
+        },
+    },
+}
+
+
+class Robot:
+    """The other side of the executor: joints that do what they are told, and a listener."""
+
+    def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
+        self.node = node
+        self._executor = executor
+        self.positions = {"shoulder": 0.0, "elbow": 0.0, "jaw": 0.0}
+        self.spoil: Callable[[JointState], JointState | None] = lambda message: message
+        self.arm: list[list[float]] = []
+        self.hand: list[float] = []
+        self.base: list[tuple[float, float]] = []
+        self.statuses: dict[str, DiagnosticStatus] = {}
+        self.clock_ns: int | None = None
+        self._states = node.create_publisher(JointState, "/test/joint_states", 10)
+        self.clock = node.create_publisher(Clock, "/clock", 10)
+        node.create_subscription(JointTrajectory, "/test/arm", self._on_arm, 200)
+        node.create_subscription(Float64MultiArray, "/test/hand", self._on_hand, 200)
+        node.create_subscription(Twist, "/test/base", self._on_base, 200)
+        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
+        name = "/chunk_executor"
+        self._change: Any = node.create_client(ChangeState, f"{name}/change_state")
+        self._state: Any = node.create_client(GetState, f"{name}/get_state")
+        self._set: Any = node.create_client(SetParameters, f"{name}/set_parameters")
+        self._triggers: dict[str, Any] = {
+            service: node.create_client(Trigger, f"{name}/{service}")
+            for service in ("enable", "disable", "estop", "reset_estop")
+        }
+
+    def _on_arm(self, message: JointTrajectory) -> None:
+        (point,) = message.points
+        self.arm.append(list(point.positions))
+        self.positions |= dict(zip(message.joint_names, point.positions, strict=True))
+
+    def _on_hand(self, message: Float64MultiArray) -> None:
+        self.hand.append(message.data[0])
+        self.positions["jaw"] = message.data[0]
+
+    def _on_base(self, message: Twist) -> None:
+        self.base.append((message.linear.x, message.angular.z))
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.statuses |= {status.name: status for status in message.status}
+
+    def publish_state(self) -> None:
+        stamp = self.clock_ns or self.node.get_clock().now().nanoseconds
+        names = [*self.positions, "wheel"]
+        message = JointState(name=names, position=[*self.positions.values(), math.nan])
+        message.header.stamp = time_message(stamp)
+        spoilt = self.spoil(message)
+        if spoilt is not None:
+            self._states.publish(spoilt)
+
+    def spin(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self.publish_state()
+            next_s = time.monotonic() + PERIOD_S
+            while (left := next_s - time.monotonic()) > 0:
+                self._executor.spin_once(timeout_sec=left)
+
+    def until(self, met: Callable[[], Any], what: str) -> Any:
+        end = time.monotonic() + DEADLINE_S
+        while time.monotonic() < end:
+            self.spin(0.05)
+            found = met()
+            if found:
+                return found
+        states = {name: status.message for name, status in self.statuses.items()}
+        pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {states}")
+
+    def call(self, client: Any, request: Any) -> Any:
+        self.until(client.service_is_ready, f"service {client.srv_name}")
+        future = client.call_async(request)
+        self.until(future.done, f"answer of {client.srv_name}")
+        return future.result()
+
+    def answered(self) -> None:
+        """Ask for the state until it is answered: later answers find their way then."""
+        self.until(self._state.service_is_ready, "service get_state")
+        futures: list[Any] = []
+        asked_s = 0.0
+
+        def ask() -> bool:
+            nonlocal asked_s
+            if time.monotonic() - asked_s > 2.0:
+                asked_s = time.monotonic()
+                futures.append(self._state.call_async(GetState.Request()))
+            return any(future.done() for future in futures)
+
+        self.until(ask, "answer of get_state")
+
+    def trigger(self, service: str) -> Any:
+        return self.call(self._triggers[service], Trigger.Request())
+
+    def change(self, transition: int) -> bool:
+        request = ChangeState.Request(transition=Transition(id=transition))
+        return bool(self.call(self._change, request).success)
+
+    def set(self, name: str, value: Any) -> Any:
+        request = SetParameters.Request(
+            parameters=[Parameter(name, value=value).to_parameter_msg()]
+        )
+        return self.call(self._set, request).results[0]
+
+    def says(self, name: str, pattern: str) -> bool:
+        found = self.statuses.get(f"chunk_executor: {name}")
+        return found is not None and re.search(pattern, found.message, re.DOTALL) is not None
+
+    def value(self, name: str, key: str) -> str:
+        found = self.statuses[f"chunk_executor: {name}"]
+        return next((entry.value for entry in found.values if entry.key == key), "")
+
+    def enable(self) -> None:
+        self.answered()
+        self.until(lambda: self.trigger("enable").success, "enabling")
+
+    def moves(self) -> bool:
+        """Whether the newest commands are those of a robot at work."""
+        recent = np.array(self.arm[-10:])
+        return len(recent) == 10 and bool(np.ptp(recent, axis=0).max() > 1e-3)
+
+    def rests(self) -> bool:
+        """Whether the newest commands are a hold: nothing changes, the base stands."""
+        return (
+            len(self.arm) >= 10
+            and len({tuple(values) for values in self.arm[-10:]}) == 1
+            and len(set(self.hand[-10:])) == 1
+            and set(self.base[-10:]) == {(0.0, 0.0)}
+        )
+
+    def forget(self) -> None:
+        self.statuses.clear()
+
+    def begin(self) -> None:
+        """Forget all that an executor before has said and done."""
+        self.forget()
+        self.arm.clear()
+        self.hand.clear()
+        self.base.clear()
+        self.positions = dict.fromkeys(self.positions, 0.0)
+
+    def check_limits(self) -> None:
+        """Assert that no command that came broke a limit."""
+        arm, base = np.array(self.arm), np.array(self.base)
+        assert np.isfinite(arm).all()
+        assert np.abs(arm).max() <= UPPER
+        step = SPEED * PERIOD_S * (1.0 + 1e-6)
+        assert np.abs(np.diff(arm, axis=0)).max() <= step
+        assert np.abs(np.diff(self.hand)).max() <= step
+        assert np.abs(base).max() <= 0.5
+        assert np.abs(np.diff(base, axis=0)).max() <= 2.0 * PERIOD_S * (1.0 + 1e-6)
+
+
+class Processes:
+    """The executor and its peers, each in its own process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.all: list[subprocess.Popen[bytes]] = []
+
+    def _start(self, words: list[str], log: Path) -> subprocess.Popen[bytes]:
+        with log.open("w") as file:
+            self.all.append(
+                subprocess.Popen(
+                    [sys.executable, *words],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=os.environ | {"ROS_DOMAIN_ID": str(DOMAIN_ID), "OMP_NUM_THREADS": "1"},
+                )
+            )
+        return self.all[-1]
+
+    def executor(self, **changes: Any) -> subprocess.Popen[bytes]:
+        number = len(self.all)
+        file = self._folder / f"parameters{number}.yaml"
+        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": PARAMETERS | changes}}))
+        self.log = self._folder / f"executor{number}.txt"
+        words = ["-m", "groot_int8_ros.chunk_executor_node"]
+        return self._start([*words, "--ros-args", "--params-file", str(file)], self.log)
+
+    def peer(self, fault: str, good_s: float = 0.0, *words: str) -> subprocess.Popen[bytes]:
+        log = self._folder / f"peer{len(self.all)}.txt"
+        return self._start([str(PEER), fault, str(good_s), *words], log)
+
+    def end(self, process: subprocess.Popen[bytes]) -> None:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
+    made = Processes(tmp_path_factory.mktemp("executor"))
+    yield made
+    for process in made.all:
+        made.end(process)
+
+
+@pytest.fixture(scope="module")
+def robot() -> Iterator[Robot]:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    node = Node("robot", context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    yield Robot(node, executor)
+    executor.shutdown()
+    node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+@pytest.fixture(scope="module")
+def started(processes: Processes, robot: Robot) -> Iterator[subprocess.Popen[bytes]]:
+    """One executor for all faults that it has to recover from by itself."""
+    process = processes.executor()
+    robot.answered()
+    robot.until(lambda: robot.says("executor", "commands are disabled"), "an active executor")
+    yield process
+    processes.end(process)
+
+
+@pytest.fixture
+def at_work(
+    processes: Processes, robot: Robot, started: subprocess.Popen[bytes]
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A good policy in its own process, and a robot that moves."""
+    robot.spoil = lambda message: message
+    peer = processes.peer("good")
+    robot.enable()
+    robot.until(robot.moves, "commands that move")
+    yield peer
+    processes.end(peer)
+    robot.spoil = lambda message: message
+    assert started.poll() is None, processes.log.read_text()
+    robot.check_limits()
+
+
+def test_nothing_is_commanded_until_it_is_enabled(
+    processes: Processes, robot: Robot, started: subprocess.Popen[bytes]
+) -> None:
+    peer = processes.peer("good")
+    robot.until(
+        lambda: robot.says("chunks", "accepted") and int(robot.value("chunks", "chunks")) > 5,
+        "chunks that are heard",
+    )
+    assert not robot.arm
+    assert not robot.hand
+    assert not robot.base
+    processes.end(peer)
+
+
+def _lose_elbow(message: JointState) -> JointState:
+    place = message.name.index("elbow")
+    names, positions = list(message.name), list(message.position)
+    del names[place], positions[place]
+    message.name, message.position = names, positions
+    return message
+
+
+def _nan_elbow(message: JointState) -> JointState:
+    positions = list(message.position)
+    positions[message.name.index("elbow")] = math.nan
+    message.position = positions
+    return message
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status"),
+    [
+        (lambda message: None, "joint state is stale.*shoulder, elbow, jaw"),
+        (_lose_elbow, "joint state is stale: no state of elbow "),
+        (_nan_elbow, "joint state is stale.*position of elbow is not a finite number"),
+    ],
+    ids=["stops", "loses a joint", "nan"],
+)
+def test_joint_state_fails_and_comes_back(
+    robot: Robot,
+    at_work: subprocess.Popen[bytes],
+    spoil: Callable[[JointState], JointState | None],
+    status: str,
+) -> None:
+    robot.forget()
+    robot.spoil = spoil
+    robot.until(lambda: robot.says("joint states", status), "the joint state's fault")
+    robot.until(robot.rests, "a hold")
+    robot.until(lambda: robot.says("channel arm", "holding: joint state"), "the hold's reason")
+    robot.spoil = lambda message: message
+    robot.until(robot.moves, "commands that move again")
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        ("slow", "chunks have stalled|no rows left"),
+        ("late", "chunks have stalled|no rows left"),
+        ("hang", "chunks have stalled|no rows left"),
+        ("crash", "chunks have stalled|no rows left"),
+        ("nan", "chunks have stalled|no rows left"),
+    ],
+)
+def test_policy_fails_and_another_takes_over(
+    processes: Processes, robot: Robot, at_work: subprocess.Popen[bytes], fault: str, status: str
+) -> None:
+    processes.end(at_work)
+    faulty = processes.peer(fault, 2.0)
+    robot.until(robot.moves, "commands that move")
+    robot.forget()
+    robot.until(lambda: robot.says("channel arm", status), "the policy's fault")
+    robot.until(robot.rests, "a hold")
+    if fault in ("nan", "late"):
+        wanted = "elbow are not finite" if fault == "nan" else "every row of a chunk was due"
+        robot.until(lambda: robot.says("chunks", wanted), "why chunks are refused")
+    processes.end(faulty)
+    processes.peer("good")
+    robot.until(robot.moves, "commands that move again")
+    processes.end(processes.all[-1])
+
+
+def test_policy_is_killed(
+    processes: Processes, robot: Robot, at_work: subprocess.Popen[bytes]
+) -> None:
+    robot.forget()
+    at_work.send_signal(signal.SIGKILL)
+    robot.until(robot.rests, "a hold")
+    robot.until(lambda: robot.says("channel base", "holding: "), "the hold's reason")
+    peer = processes.peer("good")
+    robot.until(robot.moves, "commands that move again")
+    processes.end(peer)
+
+
+@pytest.mark.parametrize("fault", ["jump", "mixed", "flood"])
+def test_policy_sends_what_no_robot_can_do(
+    processes: Processes, robot: Robot, at_work: subprocess.Popen[bytes], fault: str
+) -> None:
+    processes.end(at_work)
+    before = robot.value("executor", "clamps: arm: position") if fault == "jump" else ""
+    faulty = processes.peer(fault, 1.0)
+    robot.until(robot.moves, "commands that move")
+    if fault == "jump":
+        robot.until(
+            lambda: robot.value("executor", "clamps: arm: position") not in ("", before),
+            "clamps that are counted",
+        )
+    elif fault == "mixed":
+        robot.until(
+            lambda: (
+                int(robot.value("executor", "refused: chunk: malformed chunk") or 0) > 5
+                and int(robot.value("executor", "refused: chunk: repeated or reordered") or 0) > 5
+            ),
+            "refusals that are counted",
+        )
+        assert robot.moves(), "the good chunks among them are executed"
+    else:
+        seen = int(robot.value("chunks", "chunks"))
+        robot.until(lambda: int(robot.value("chunks", "chunks")) > seen + 300, "a flood")
+        assert robot.moves()
+    processes.end(faulty)
+    robot.until(robot.rests, "a hold")
+
+
+def test_estop_is_latched_and_reset_by_its_own_call(
+    robot: Robot, at_work: subprocess.Popen[bytes]
+) -> None:
+    assert robot.trigger("estop").success
+    robot.until(robot.rests, "a hold")
+    robot.until(lambda: robot.says("executor", "emergency stop: service"), "the stop's status")
+    refused = robot.trigger("enable")
+    assert not refused.success
+    assert "reset" in refused.message
+    count = len(robot.arm)
+    robot.until(lambda: len(robot.arm) > count + 20, "holds that go on")
+    assert robot.rests()
+    assert robot.trigger("reset_estop").success
+    assert not robot.moves()
+    assert robot.trigger("enable").success
+    robot.until(robot.moves, "commands that move again")
+
+
+def test_disable_ends_in_a_hold_and_silence(
+    robot: Robot, at_work: subprocess.Popen[bytes]
+) -> None:
+    assert robot.trigger("disable").success
+    robot.until(lambda: robot.says("executor", "commands are disabled"), "the end of commands")
+    robot.spin(0.2)
+    count = len(robot.arm)
+    assert robot.arm[-1] == robot.arm[-2] == robot.arm[-3]
+    assert robot.base[-1] == robot.base[-3] == (0.0, 0.0)
+    robot.spin(0.5)
+    assert len(robot.arm) == count
+
+
+def test_deactivate_stops_the_robot_first_and_activate_does_not_start_it(
+    robot: Robot, at_work: subprocess.Popen[bytes]
+) -> None:
+    refused = robot.set("chunk_timeout_s", 5.0)
+    assert not refused.successful
+    assert "cleanup" in refused.reason
+    assert robot.change(Transition.TRANSITION_DEACTIVATE)
+    robot.spin(0.2)
+    count = len(robot.arm)
+    assert robot.arm[-1] == robot.arm[-2] == robot.arm[-3]
+    assert robot.base[-1] == (0.0, 0.0)
+    refused = robot.trigger("enable")
+    assert not refused.success
+    assert "inactive" in refused.message
+    assert robot.change(Transition.TRANSITION_ACTIVATE)
+    robot.spin(0.5)
+    assert len(robot.arm) == count, "activating alone commands"
+    assert robot.trigger("enable").success
+    robot.until(robot.moves, "commands that move again")
+
+
+# From here on each test has an executor of its own: two on the same topics would be one too many.
+
+
+@pytest.fixture
+def alone(processes: Processes, robot: Robot) -> Processes:
+    """No process but those that the test starts, and nothing heard yet."""
+    for process in processes.all:
+        processes.end(process)
+    robot.spin(0.2)
+    robot.begin()
+    return processes
+
+
+@pytest.mark.parametrize("jump_s", [-100.0, 100.0], ids=["back", "forward"])
+def test_clock_jumps(alone: Processes, robot: Robot, jump_s: float) -> None:
+    # ROS time is the test's own here, so the policy that is stamped with it lives in the test.
+    process = alone.executor(use_sim_time=True)
+    publisher = robot.node.create_publisher(JointTrajectory, "/policy_node/action_chunk", 10)
+    robot.clock_ns, steps = 1_000_000_000_000, 0
+
+    def tick(message: JointState) -> JointState:
+        nonlocal steps
+        assert robot.clock_ns is not None
+        robot.clock_ns += 20_000_000
+        steps += 1
+        robot.clock.publish(Clock(clock=time_message(robot.clock_ns)))
+        if steps % 5 == 0:
+            publisher.publish(chunk(robot.clock_ns - LATENCY_NS))
+        message.header.stamp = time_message(robot.clock_ns)
+        return message
+
+    robot.spoil = tick
+    try:
+        robot.enable()
+        robot.until(robot.moves, "commands that move")
+        robot.forget()
+        robot.clock_ns += round(jump_s * 1e9)
+        robot.until(
+            lambda: (
+                "chunk_executor: executor" in robot.statuses
+                and int(robot.value("executor", "clock jumps")) >= 1
+            ),
+            "the jump",
+        )
+        robot.until(robot.moves, "commands that move again")
+        assert process.poll() is None
+        robot.check_limits()
+    finally:
+        robot.clock_ns = None
+        robot.spoil = lambda message: message
+        robot.node.destroy_publisher(publisher)
+        alone.end(process)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"control_rate_hz": 0.0}, "'control_rate_hz'"),
+        ({"seam": {"kind": "hope"}}, "'seam.kind'"),
+        ({"ramp_fraction": 2.0}, "'ramp_fraction'"),
+    ],
+)
+def test_parameter_out_of_range_ends_the_node_with_one_message(
+    alone: Processes, changes: dict[str, Any], message: str
+) -> None:
+    process = alone.executor(**changes)
+    assert process.wait(DEADLINE_S) == 2
+    assert message in alone.log.read_text()
+    assert "Traceback" not in alone.log.read_text()
+
+
+@pytest.mark.parametrize("number", range(ROUNDS))
+def test_sigterm_at_a_random_moment_ends_in_a_hold(
+    alone: Processes, robot: Robot, number: int
+) -> None:
+    draw = random.Random(number)
+    process, peer = alone.executor(), alone.peer("good")
+    robot.until(lambda: "configuring" in alone.log.read_text(), "the node's first words")
+    # Every other round surely ends a robot at work; the others end what is there by then.
+    if number % 2 == 0:
+        robot.enable()
+        robot.until(robot.moves, "commands that move")
+        robot.spin(draw.uniform(0.0, 0.5))
+    else:
+        enable: Any = robot.node.create_client(Trigger, "/chunk_executor/enable")
+        for _ in range(draw.randrange(40)):
+            enable.call_async(Trigger.Request())
+            robot.spin(0.05)
+        robot.node.destroy_client(enable)
+    process.send_signal(signal.SIGINT if number % 4 == 3 else signal.SIGTERM)
+    robot.until(lambda: process.poll() is not None, "the node's end")
+    robot.spin(0.3)
+    assert process.returncode == 0, alone.log.read_text()
+    assert "Traceback" not in alone.log.read_text()
+    assert robot.arm or number % 2
+    if robot.arm:
+        assert robot.arm[-1] == robot.arm[-2] == robot.arm[-3]
+        assert robot.hand[-1] == robot.hand[-3]
+        assert robot.base[-1] == robot.base[-3] == (0.0, 0.0)
+        robot.check_limits()
+    alone.end(peer)
+
+
+def test_killed_executor_leaves_a_command_that_ends_by_itself(
+    alone: Processes, robot: Robot
+) -> None:
+    points: list[JointTrajectory] = []
+    subscription = robot.node.create_subscription(JointTrajectory, "/test/arm", points.append, 50)
+    process, peer = alone.executor(), alone.peer("good")
+    robot.enable()
+    robot.until(robot.moves, "commands that move")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    robot.spin(0.3)
+    # A joint_trajectory_controller goes to this point and stays: nothing in it says to go on.
+    (point,) = points[-1].points
+    assert not point.velocities
+    assert not point.accelerations
+    assert (point.time_from_start.sec, point.time_from_start.nanosec) == (0, 20_000_000)
+    assert (points[-1].header.stamp.sec, points[-1].header.stamp.nanosec) == (0, 0)
+    robot.node.destroy_subscription(subscription)
+    alone.end(peer)

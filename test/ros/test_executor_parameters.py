@@ -1,0 +1,166 @@
+"""Parameters of the executor's channels: a limit that is missing, misspelt or of another joint."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+
+import rclpy
+from rclpy.context import Context
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+
+from groot_int8_ros.control.commitment import Commitment
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.ros.executor_messages import CommandWriter, commitment_message, commitment_of
+from groot_int8_ros.ros.executor_parameters import (
+    CHANNEL_PARAMETERS,
+    ExecutorParameterSet,
+    OutputParameters,
+)
+
+ARM: dict[str, Any] = {
+    "channels": ["arm"],
+    "channel.arm.joints": ["pan", "lift"],
+    "channel.arm.topic": "/arm",
+    "channel.arm.velocity": [1.0, 2.0],
+}
+Make = Callable[..., ExecutorParameterSet]
+
+
+@pytest.fixture
+def make() -> Iterator[Make]:
+    context = Context()
+    rclpy.init(args=[], context=context)
+    nodes = []
+
+    def declared(**given: Any) -> ExecutorParameterSet:
+        values = ARM | {name.replace("__", "."): value for name, value in given.items()}
+        node = Node(
+            "executor_parameters_test",
+            context=context,
+            parameter_overrides=[Parameter(name, value=value) for name, value in values.items()],
+            automatically_declare_parameters_from_overrides=True,
+        )
+        nodes.append(node)
+        return ExecutorParameterSet(node, lambda: False, lambda names: None)
+
+    yield declared
+    for node in nodes:
+        node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+def test_one_value_counts_for_all_joints_and_others_stay_unlimited(make: Make) -> None:
+    settings, outputs = make(channel__arm__upper=[1.5]).settings()
+    (channel,) = settings.channels
+    assert channel.joints == ("pan", "lift")
+    assert channel.limits.upper.tolist() == [1.5, 1.5]
+    assert channel.limits.velocity.tolist() == [1.0, 2.0]
+    assert channel.limits.lower.tolist() == [-math.inf, -math.inf]
+    assert outputs["arm"].point_time_s == pytest.approx(settings.control_period_s)
+
+
+def test_urdf_and_yaml_are_both_kept(make: Make, tmp_path: Path) -> None:
+    urdf = tmp_path / "arm.urdf"
+    limit = '<limit lower="-1" upper="1" velocity="1.5" effort="1"/>'
+    joints = "".join(f'<joint name="{j}" type="revolute">{limit}</joint>' for j in ("pan", "lift"))
+    urdf.write_text(f"<robot>{joints}</robot>")
+    settings, _ = make(urdf=str(urdf), channel__arm__upper=[0.5, 3.0]).settings()
+    limits = settings.channels[0].limits
+    assert limits.upper.tolist() == [0.5, 1.0]
+    assert limits.velocity.tolist() == [1.0, 1.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("channels", [""]),
+        ("channel__arm__joints", [""]),
+        ("channel__arm__topic", ""),
+        ("channel__arm__topic", "a topic"),
+        ("channel__arm__interface", "effort"),
+        ("channel__arm__output", "joint_state"),
+        ("channel__arm__output", "twist"),
+        ("channel__arm__velocity", [math.inf]),
+        ("channel__arm__velocity", [1.0, 2.0, 3.0]),
+        ("channel__arm__upper", [math.nan]),
+        ("channel__arm__upper", [1, 2]),
+        ("channel__arm__point_time_s", -1.0),
+        ("channel__arm__uper", [1.0]),
+        ("channel__leg__upper", [1.0]),
+        ("urdf", "/nothing.urdf"),
+    ],
+)
+def test_wrong_value_is_refused_by_name(make: Make, name: str, value: object) -> None:
+    dotted = name.replace("__", ".")
+    with pytest.raises(ConfigurationError, match=re.escape(dotted)):
+        make(**{name: value}).settings()
+
+
+def test_axes_of_a_twist_are_checked(make: Make) -> None:
+    base = {
+        "channel__arm__interface": "velocity",
+        "channel__arm__output": "twist",
+        "channel__arm__axes": ["linear.x", "angular.z"],
+    }
+    _, outputs = make(**base).settings()
+    assert outputs["arm"].axes == ("linear.x", "angular.z")
+    for axes in (["linear.x"], ["linear.x", "linear.x"], ["linear.x", "yaw"]):
+        with pytest.raises(ConfigurationError, match=r"channel\.arm\.axes"):
+            make(**(base | {"channel__arm__axes": axes})).settings()
+
+
+def test_two_channels_never_command_the_same(make: Make) -> None:
+    other = {
+        "channels": ["arm", "leg"],
+        "channel__leg__joints": ["knee"],
+        "channel__leg__velocity": [1.0],
+    }
+    with pytest.raises(ConfigurationError, match="two channels command on the topic /arm"):
+        make(**other, channel__leg__topic="/arm").settings()
+    with pytest.raises(ConfigurationError, match="both command pan"):
+        make(**(other | {"channel__leg__joints": ["pan"]}), channel__leg__topic="/leg").settings()
+
+
+def test_the_yaml_shows_every_value_of_a_channel(repository_root: Path) -> None:
+    text = (repository_root / "config/chunk_executor.yaml").read_text(encoding="utf-8")
+    shown = set(re.findall(r"^    #     (\w+):", text, re.MULTILINE))
+    assert shown == set(CHANNEL_PARAMETERS)
+
+
+def test_commands_are_written_as_their_controllers_take_them() -> None:
+    def written(kind: Any, axes: tuple[str, ...] = ()) -> Any:
+        output = OutputParameters(kind, "/topic", axes, 0.25)
+        return CommandWriter(("a", "b"), output).write(np.array([1.5, -2.0]))
+
+    trajectory = written("joint_trajectory")
+    assert trajectory.joint_names == ["a", "b"]
+    (point,) = trajectory.points
+    assert list(point.positions) == [1.5, -2.0]
+    assert (point.time_from_start.sec, point.time_from_start.nanosec) == (0, 250_000_000)
+    assert list(written("float64_multi_array").data) == [1.5, -2.0]
+    twist = written("twist", ("linear.y", "angular.z"))
+    assert (twist.linear.x, twist.linear.y, twist.angular.z) == (0.0, 1.5, -2.0)
+
+
+def test_a_commitment_survives_its_message() -> None:
+    made = Commitment(
+        made_ns=1_700_000_001_000_000_000,
+        joint_names=("a", "b"),
+        due_ns=1_700_000_000_400_000_000 + 50_000_000 * np.arange(20, dtype=np.int64),
+        targets=np.arange(40.0).reshape(20, 2),
+    )
+    read = commitment_of(commitment_message(made))
+    assert read is not None
+    assert read.joint_names == made.joint_names
+    np.testing.assert_array_equal(read.due_ns, made.due_ns)
+    np.testing.assert_array_equal(read.targets, made.targets)
