@@ -80,6 +80,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.evaluate.open_loop_command",
         "evaluate recorded trajectories: predicted against recorded, float against INT8",
     ),
+    "chunk-replay": (
+        "offline_tools.replay.command",
+        "execute recorded motions with a policy's latency: dead time, seams and jerk",
+    ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",
         "turn a LeRobot v2.1 episode into a rosbag2",
