@@ -64,17 +64,24 @@ class GraphSpec:
         inputs: In the order of the module's `forward`.
         outputs: Names of what `forward` returns.
         dtype: Type of the weights, but for those that the module gives another type.
+        storage: Type in which the file holds the matrices, where it is not the type in which they
+            are used; see `store_matrices`.
     """
 
     build: Callable[[], nn.Module]
     inputs: Mapping[str, GraphInput]
     outputs: tuple[str, ...]
     dtype: torch.dtype
+    storage: torch.dtype | None = None
 
 
 def weight_bytes(spec: GraphSpec) -> int:
     """Return the number of bytes that a graph's weights will take."""
-    return sum(parameter.nbytes for parameter in build_empty(spec).parameters())
+    return sum(
+        parameter.numel()
+        * (spec.storage if spec.storage and parameter.dim() > 1 else parameter.dtype).itemsize
+        for parameter in build_empty(spec).parameters()
+    )
 
 
 def build_empty(spec: GraphSpec) -> nn.Module:
@@ -122,6 +129,8 @@ def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
     slice_whole_shapes(model)
     lower_opset(model)
     name_nodes(model)
+    if spec.storage == torch.float16:
+        store_matrices(model)
     _name_axes(model, spec)
     model.ir_version = IR_VERSION
     model.producer_name = "groot_int8_ros"
@@ -236,6 +245,63 @@ def name_nodes(model: ir.Model) -> None:
             name = f"{layer}/{node.op_type}"
             node.name = f"{name}_{uses[name]}" if uses[name] else name
             uses[name] += 1
+
+
+def store_matrices(model: ir.Model) -> None:
+    """Store float32 matrices as float16 and cast each just before its use.
+
+    The file has half the size and the arithmetic stays float32. A table that is looked up is cast
+    behind the look-up, row by row.
+    """
+    graph = model.graph
+    for name, value in list(graph.initializers.items()):
+        stored = value.const_value
+        if value.dtype != ir.DataType.FLOAT or stored is None or len(stored.shape) < 2:
+            continue
+        shape = [_length(axis) for axis in stored.shape]
+        half = ir.Value(
+            name=f"{name}.float16",
+            type=ir.TensorType(ir.DataType.FLOAT16),
+            shape=ir.Shape(shape),
+            const_value=_halved(stored, f"{name}.float16", shape),
+        )
+        graph.register_initializer(half)
+        for node, index in list(value.uses()):
+            if node.op_type == "Gather":
+                node.replace_input_with(index, half)
+                _cast_output(graph, node)
+            else:
+                cast = _cast_node(half)
+                graph.insert_before(node, cast)
+                node.replace_input_with(index, cast.outputs[0])
+    _drop_unused_initializers(graph)
+
+
+def _cast_node(value: ir.Value) -> ir.Node:
+    node = ir.node("Cast", inputs=[value], attributes={"to": ir.DataType.FLOAT.value})
+    node.outputs[0].type = ir.TensorType(ir.DataType.FLOAT)
+    node.outputs[0].shape = value.shape
+    return node
+
+
+def _cast_output(graph: ir.Graph, node: ir.Node) -> None:
+    output = node.outputs[0]
+    cast = _cast_node(output)
+    graph.insert_after(node, cast)
+    output.type = ir.TensorType(ir.DataType.FLOAT16)
+    for user, index in list(output.uses()):
+        if user is not cast:
+            user.replace_input_with(index, cast.outputs[0])
+
+
+def _halved(stored: ir.TensorProtocol, name: str, shape: Sequence[int]) -> ir.LazyTensor:
+    def read() -> ir.TensorProtocol:
+        whole = torch.from_numpy(stored.numpy())
+        return ir.tensor(_cast(whole, ir.DataType.FLOAT16, name).numpy(), name=name)
+
+    return ir.LazyTensor(
+        read, dtype=ir.DataType.FLOAT16, shape=ir.Shape(shape), name=name, cache=False
+    )
 
 
 def _with_default_dtype(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:

@@ -22,11 +22,13 @@ from offline_tools.model.action_head import (
     Conditioner,
     embodiment_row,
 )
-from offline_tools.model.backbone import Backbone, LanguageModel, VisionTower
+from offline_tools.model.backbone import Backbone, resize_positions, rotary_frequencies
 from offline_tools.model.configuration import ModelConfig
 from offline_tools.model.dit import AlternateVLDiT
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
+
+POSITION_TABLE = "backbone.model.vision_model.vision_model.embeddings.position_embedding.weight"
 
 _POSITION = "vision_position"
 
@@ -144,9 +146,9 @@ def _backbone_graph(
 
     def weights(name: str) -> Tensor:
         if name == _POSITION:
-            return _resized_position(config, checkpoint, rows, columns)
+            return resize_positions(checkpoint(POSITION_TABLE).float(), rows, columns)
         if name.endswith(".rotary_emb.inv_freq"):
-            return _rotary_frequencies(config)
+            return rotary_frequencies(config.language)
         return checkpoint(name)
 
     spec = GraphSpec(
@@ -167,23 +169,3 @@ def _head_weights(checkpoint: WeightSource, embodiment_id: int) -> WeightSource:
         return embodiment_row(name, checkpoint(f"action_head.{name}"), embodiment_id)
 
     return weights
-
-
-def _resized_position(
-    config: ModelConfig, checkpoint: WeightSource, rows: int, columns: int
-) -> Tensor:
-    key = "backbone.model.vision_model.vision_model.embeddings.position_embedding.weight"
-    with torch.device("meta"):
-        tower = VisionTower(config.vision)
-    tower.vision_model.embeddings.position_embedding.weight = nn.Parameter(
-        checkpoint(key).float(), requires_grad=False
-    )
-    return tower.position_embedding(rows, columns)
-
-
-def _rotary_frequencies(config: ModelConfig) -> Tensor:
-    with torch.device("meta"):
-        language = LanguageModel(config.language)
-    language.restore_buffers()
-    frequencies: Tensor = language.model.rotary_emb.inv_freq
-    return frequencies

@@ -12,6 +12,8 @@ float32 buffer; do not cast the whole module with `.half()`, cast its parameters
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,6 +31,28 @@ def mask_value(dtype: torch.dtype) -> float:
     minus infinity in half precision, and a row of nothing else turns into NaN.
     """
     return torch.finfo(dtype).min / 2
+
+
+def resize_positions(table: Tensor, rows: int, columns: int) -> Tensor:
+    """Resize a learned position grid to an image's patch grid.
+
+    Bilinear with half-pixel centres and antialiasing, in float32 whatever the weights' type
+    (modeling_siglip2.py of transformers, `resize_positional_embeddings`).
+
+    Args:
+        table: The learned positions of a square grid, shape (side * side, hidden).
+        rows: Patch rows of the image.
+        columns: Patch columns of the image.
+
+    Returns:
+        The embedding in the table's type, shape (1, rows * columns, hidden).
+    """
+    side = math.isqrt(table.shape[0])
+    grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(
+        grid, size=(rows, columns), mode="bilinear", align_corners=False, antialias=True
+    )
+    return resized.flatten(2).transpose(1, 2).to(table.dtype)
 
 
 class VisionTower(nn.Module):
@@ -55,25 +79,9 @@ class VisionTower(nn.Module):
         self.vision_model.set_attn_implementation("eager")
 
     def position_embedding(self, rows: int, columns: int) -> Tensor:
-        """Resize the learned position grid to an image's patch grid.
-
-        Bilinear with half-pixel centres and antialiasing, in float32 whatever the weights' type
-        (modeling_siglip2.py of transformers, `resize_positional_embeddings`).
-
-        Args:
-            rows: Patch rows of the image.
-            columns: Patch columns of the image.
-
-        Returns:
-            The embedding in the weights' type, shape (1, rows * columns, hidden).
-        """
+        """Return the learned positions of an image's patch grid; see `resize_positions`."""
         table = self.vision_model.embeddings.position_embedding.weight
-        side = self.config.grid_side
-        grid = table.float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        resized = F.interpolate(
-            grid, size=(rows, columns), mode="bilinear", align_corners=False, antialias=True
-        )
-        return resized.flatten(2).transpose(1, 2).to(table.dtype)
+        return resize_positions(table, rows, columns)
 
     def patch_grid(self, pixel_values: Tensor) -> tuple[int, int]:
         """Return the patch rows and columns of images of shape (N, 3, H, W)."""
@@ -136,6 +144,36 @@ def pixel_unshuffle(features: Tensor, rows: int, columns: int) -> Tensor:
     grid = features.reshape(-1, half_rows, MERGE, half_columns, MERGE, channels)
     grid = grid.permute(0, 1, 3, 5, 2, 4)
     return grid.reshape(-1, half_rows * half_columns, channels * MERGE * MERGE)
+
+
+class Connector(nn.Sequential):
+    """The MLP from merged patch features to the language model's width."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        merged = config.vision.hidden_size * MERGE * MERGE
+        width = config.language.hidden_size
+        super().__init__(
+            nn.LayerNorm(merged), nn.Linear(merged, width), nn.GELU(), nn.Linear(width, width)
+        )
+
+
+def place_image_features(text: Tensor, is_image: Tensor, image_features: Tensor) -> Tensor:
+    """Put image features where the image tokens stand.
+
+    Args:
+        text: Token embeddings, shape (B, S, width).
+        is_image: Which tokens are image tokens, bool, shape (B, S). They must be as many as there
+            are image features.
+        image_features: Features in image order, shape (..., width).
+
+    Returns:
+        Embeddings, shape (B, S, width).
+    """
+    # The k-th image token of the batch takes the k-th feature.
+    order = torch.cumsum(is_image.reshape(-1).to(torch.int64), dim=0) - 1
+    features = image_features.reshape(-1, text.shape[-1])
+    placed = features.index_select(0, order.clamp(min=0)).reshape(text.shape)
+    return torch.where(is_image.unsqueeze(-1), placed, text)
 
 
 class LanguageModel(nn.Module):
@@ -210,23 +248,25 @@ class LanguageModel(nn.Module):
         return result
 
 
+def rotary_frequencies(config: LanguageConfig) -> Tensor:
+    """Return the rotary frequencies of a language model, float32 (head width / 2,)."""
+    with torch.device("meta"):
+        language = LanguageModel(config)
+    language.restore_buffers()
+    frequencies: Tensor = language.model.rotary_emb.inv_freq
+    return frequencies
+
+
 class Backbone(nn.Module):
     """Images and a prompt in, one feature vector for each token out."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.image_token_id = config.language.image_token_id
-        merged = config.vision.hidden_size * MERGE * MERGE
-        width = config.language.hidden_size
         self.model = nn.ModuleDict(
             {
                 "vision_model": VisionTower(config.vision),
-                "mlp1": nn.Sequential(
-                    nn.LayerNorm(merged),
-                    nn.Linear(merged, width),
-                    nn.GELU(),
-                    nn.Linear(width, width),
-                ),
+                "mlp1": Connector(config),
                 "language_model": LanguageModel(config.language),
             }
         )
@@ -278,12 +318,7 @@ class Backbone(nn.Module):
             Embeddings, shape (B, S, language width).
         """
         text: Tensor = self.language.model.embed_tokens(input_ids)
-        is_image = input_ids == self.image_token_id
-        # The k-th image token of the batch takes the k-th feature.
-        order = torch.cumsum(is_image.reshape(-1).to(torch.int64), dim=0) - 1
-        features = image_features.reshape(-1, text.shape[-1])
-        placed = features.index_select(0, order.clamp(min=0)).reshape(text.shape)
-        return torch.where(is_image.unsqueeze(-1), placed, text)
+        return place_image_features(text, input_ids == self.image_token_id, image_features)
 
     def forward(
         self,
