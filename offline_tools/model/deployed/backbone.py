@@ -169,7 +169,7 @@ class WholePrompt(LanguageModel):
     def inputs(case: BackboneCase, parts: BackboneParts) -> InputShapes:
         """Return the inputs."""
         length = case.layout.prefix_length + case.layout.live_length
-        return {name: ((1, length), torch.int64) for name in ("input_ids", "attention_mask")}
+        return dict.fromkeys(("input_ids", "attention_mask"), ((1, length), torch.int64))
 
     def forward(  # type: ignore[override]  # the images are this part's first argument
         self, image_features: Tensor, input_ids: Tensor, attention_mask: Tensor
@@ -231,7 +231,7 @@ class LivePrompt(ConstantModule):
         layers = self.model["layers"]
         assert isinstance(layers, nn.ModuleList)
         for layer, before in zip(
-            layers, zip(keys.split(1), values.split(1), strict=True), strict=True
+            layers, zip(torch.split(keys, 1), torch.split(values, 1), strict=True), strict=True
         ):
             x, _ = layer(x, rotary, bias, before)
         result: Tensor = self.model["norm"](x)
@@ -327,7 +327,9 @@ class PartsBackbone(nn.Module):
         model = self.backbone.model
         assert isinstance(model, nn.ModuleDict)
         pixels = self.image_chain(*tensors[: self._image_inputs])
-        patches = model["vision_model"](pixels.to(self.vision_position.dtype), self.vision_position)
+        patches = model["vision_model"](
+            pixels.to(self.vision_position.dtype), self.vision_position
+        )
         image_features = model["mlp1"](pixel_unshuffle(patches, *self.grid))
         result: Tensor = model["language_model"](image_features, *tensors[self._image_inputs :])
         return result
@@ -347,5 +349,3 @@ def backbone_builder(
         return PartsBackbone(case, parts).requires_grad_(False).eval()
 
     return build
-
-

@@ -48,7 +48,9 @@ class BackboneWeights:
         if name in self.constants:
             return self.constants[name]
         if name == "vision_position":
-            return resize_positions(self.checkpoint(_POSITION_TABLE).float(), *self.case.patch_grid)
+            return resize_positions(
+                self.checkpoint(_POSITION_TABLE).float(), *self.case.patch_grid
+            )
         if name.endswith(".rotary_emb.inv_freq"):
             return rotary_frequencies(self.case.config.language)
         if name.endswith(".tokens.embed_tokens.weight"):

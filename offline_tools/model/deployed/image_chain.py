@@ -90,13 +90,13 @@ class FrameChain(nn.Module):
         """Convert frames.
 
         Args:
-            frames: RGB, uint8, shape (N, height, width, 3).
+            frames: RGB levels in float32, shape (N, height, width, 3).
 
         Returns:
             Pixels in [-1, 1], float32, shape (N, 3, H, W).
         """
         # Colours stay innermost while pixels are gathered, so that whole pixels are.
-        evaluation: Tensor = self.area(frames.to(torch.float32))
+        evaluation: Tensor = self.area(frames)
         # Three axes, as a product with a constant of three takes them in every engine.
         channels = evaluation.permute(0, 3, 1, 2).flatten(0, 1)
         levels: Tensor = self.bicubic(channels)
@@ -139,9 +139,11 @@ class CameraFrames(nn.Module):
         Returns:
             Pixels in [-1, 1], float32, shape (cameras, 3, H, W).
         """
+        # TensorRT takes uint8 only as the input of a cast.
+        levels = [frame.to(torch.float32) for frame in frames]
         pixels: list[Tensor | None] = [None] * len(frames)
         for size, places in self._places.items():
-            batch = self.chains[size](torch.stack([frames[place] for place in places]))
+            batch = self.chains[size](torch.stack([levels[place] for place in places]))
             if len(places) == len(frames):
                 return torch.as_tensor(batch)
             for row, place in enumerate(places):

@@ -126,8 +126,8 @@ class Attention(nn.Module):
             Shapes (T, heads, head width), (T, kv heads, head width) twice.
         """
         query, key, value = (
-            projection(x).reshape(x.shape[1], -1, self.config.head_dim)
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
+            self.get_submodule(f"{name}_proj")(x).reshape(x.shape[1], -1, self.config.head_dim)
+            for name in "qkv"
         )
         query = rotate(self.q_norm(query).to(torch.float32), rotary) * self.config.head_dim**-0.5
         key = rotate(self.k_norm(key).to(torch.float32), rotary)
@@ -149,7 +149,9 @@ class Attention(nn.Module):
         """
         config = self.config
         query, key, value = self.project(x, rotary)
-        query = query.reshape(-1, config.kv_heads, config.heads // config.kv_heads, config.head_dim)
+        query = query.reshape(
+            -1, config.kv_heads, config.heads // config.kv_heads, config.head_dim
+        )
         query = query.permute(1, 2, 0, 3).flatten(1, 2).unsqueeze(0)
         own = key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
         keys, values = (
@@ -184,9 +186,9 @@ class FusedAttention(Attention):
         config = self.config
         heads = config.heads, config.kv_heads
         joined = self.qkv_proj(x).reshape(x.shape[1], -1, config.head_dim)
-        query_key, value = joined.split([sum(heads), config.kv_heads], dim=1)
+        query_key, value = torch.split(joined, [sum(heads), config.kv_heads], dim=1)
         query_key = normalized(query_key, config.norm_eps) * self.qk_gain
-        query, key = rotate(query_key, rotary).to(x.dtype).split(list(heads), dim=1)
+        query, key = torch.split(rotate(query_key, rotary).to(x.dtype), list(heads), dim=1)
         return query, key, value
 
 

@@ -48,7 +48,7 @@ def _run(chain: ImageChain, frames: list[UInt8Array]) -> NDArray[Any]:
     module = FrameChain(height, width, chain)
     fill_constants(module)
     with torch.no_grad():
-        result: NDArray[Any] = module(torch.from_numpy(np.stack(frames))).numpy()
+        result: NDArray[Any] = module(torch.from_numpy(np.stack(frames)).float()).numpy()
     return result
 
 
