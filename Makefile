@@ -20,6 +20,10 @@ PACKAGE_STAMP := $(VENV)/.installed-$(call digest,setup.py setup.cfg groot_int8_
 # -qq: an index that pip is configured with but that lacks a package is a page of warnings, not news.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 
+# The simulated robot's cameras draw off screen, through EGL unless MUJOCO_GL says otherwise.
+DRAWS := MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -c \
+    'import mujoco; mujoco.GLContext(16, 16).free()' >/dev/null 2>&1
+
 .PHONY: help setup test demo format lock clean
 
 help:
@@ -53,6 +57,14 @@ $(LOCK_STAMP):
 	fi
 	@echo "setup: installing requirements.lock into $(VENV); the first time takes minutes"
 	@$(PIP_INSTALL) --requirement requirements.lock
+	@$(DRAWS) || { \
+	    if [[ $$(id -u) == 0 ]] && command -v apt-get >/dev/null; then \
+	        echo "setup: MuJoCo cannot draw here; installing libegl1 and libgl1-mesa-dri"; \
+	        apt-get update -qq && apt-get install -y -qq libegl1 libgl1-mesa-dri >/dev/null; \
+	    fi; \
+	    $(DRAWS) || echo "setup: MuJoCo cannot draw without a display here, so the simulated" \
+	        "robot does not run; 'sudo apt install libegl1 libgl1-mesa-dri' mends that" >&2; \
+	}
 	@rm -f $(VENV)/.locked-* && touch $@
 
 $(PACKAGE_STAMP): $(LOCK_STAMP)
@@ -76,7 +88,7 @@ format: setup
 
 lock: setup
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.10 \
-	    --extra ros --extra offline --extra rtx --extra dev \
+	    --extra ros --extra offline --extra rtx --extra sim --extra dev \
 	    --custom-compile-command 'make lock' --output-file requirements.lock setup.py
 
 clean:

@@ -62,6 +62,10 @@ EXTRAS = {
         "torch==2.13.0",
         "transformers>=5.0",
     ],
+    # The simulated robot. Drawing without a display needs a library of the system too: libegl1 and
+    # libgl1-mesa-dri (apt), or libosmesa6; `make setup` looks for them. The releases after 3.8
+    # bring viewers four times the simulator's size, and 4 wants Python 3.11.
+    "sim": ["mujoco>=3.3,<3.9"],
     # Building, auditing and running TensorRT engines. TensorRT itself comes with JetPack, or as
     # NVIDIA's wheel; CUDA 12 (JetPack 6) wants 'cuda-python<13'.
     "tensorrt": [

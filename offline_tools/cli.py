@@ -90,6 +90,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
     ),
     "play-bag": ("offline_tools.bags.play_bag", "publish a rosbag2 through rclpy, with /clock"),
     "make-dataset": ("offline_tools.demo.make_dataset", "generate episodes of an arm"),
+    "make-sim-dataset": (
+        "offline_tools.simulation.dataset_command",
+        "record the scripted expert of the simulated robot",
+    ),
     "make-checkpoint": (
         "offline_tools.demo.make_checkpoint",
         "generate an N1.6-shaped checkpoint with random weights for a dataset's robot",

@@ -7,7 +7,6 @@ then does has no meaning. Files have the names and fields that the reference imp
 
 from __future__ import annotations
 
-import json
 import math
 import zlib
 from collections.abc import Iterator
@@ -25,6 +24,13 @@ from groot_int8_ros.policy.processor import PUBLIC_EMBODIMENT_IDS
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
 from offline_tools.dataset.statistics import dimension_statistics
+from offline_tools.demo.checkpoint_files import (
+    EMBODIMENT,
+    eagle_json,
+    model_json,
+    processor_json,
+    write_json,
+)
 from offline_tools.demo.small_tokenizer import IMAGE_TOKEN, write_small_tokenizer
 from offline_tools.model.checkpoint import expected_keys
 from offline_tools.model.configuration import (
@@ -34,10 +40,10 @@ from offline_tools.model.configuration import (
     VisionConfig,
 )
 
-EMBODIMENT = "new_embodiment"
 ACTION_HORIZON = 16
 
 _SHARD_BYTES = 1 << 30
+_SHORTEST_IMAGE_EDGE = 256
 
 SIZES = {
     "tiny": ModelConfig(
@@ -121,120 +127,22 @@ def write_random_checkpoint(
             for key in dataset.action_keys
             if key not in absolute_keys and key in dataset.state_keys
         )
-        _write_json(target / "config.json", _model_json(config))
-        _write_json(target / "eagle_config.json", _eagle_json(config))
-        _write_json(target / "processor_config.json", _processor_json(config, dataset, relative))
-        _write_json(target / "statistics.json", {EMBODIMENT: _statistics(dataset, relative)})
-        _write_json(target / "embodiment_id.json", dict(PUBLIC_EMBODIMENT_IDS))
+        write_json(target / "config.json", model_json(config))
+        write_json(target / "eagle_config.json", eagle_json(config))
+        write_json(
+            target / "processor_config.json",
+            processor_json(
+                config,
+                cameras=tuple(dataset.cameras),
+                state_keys=tuple(dataset.state_keys),
+                action_keys=tuple(dataset.action_keys),
+                relative_keys=relative,
+                shortest_image_edge=_SHORTEST_IMAGE_EDGE,
+            ),
+        )
+        write_json(target / "statistics.json", {EMBODIMENT: _statistics(dataset, relative)})
+        write_json(target / "embodiment_id.json", dict(PUBLIC_EMBODIMENT_IDS))
         _write_weights(target, config, seed)
-
-
-def _write_json(path: Path, content: object) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _model_json(config: ModelConfig) -> dict[str, Any]:
-    return {
-        "architectures": ["Gr00tN1d6"],
-        "model_type": "Gr00tN1d6",
-        "action_horizon": config.action_horizon,
-        "attend_text_every_n_blocks": config.dit.text_period,
-        "backbone_embedding_dim": config.language.hidden_size,
-        "diffusion_model_cfg": {
-            "attention_head_dim": config.dit.head_dim,
-            "final_dropout": True,
-            "interleave_self_attention": True,
-            "norm_type": "ada_norm",
-            "num_attention_heads": config.dit.heads,
-            "num_layers": config.dit.layers,
-            "output_dim": config.dit.output_dim,
-            "positional_embeddings": None,
-        },
-        "hidden_size": config.mlp_size,
-        "input_embedding_dim": config.dit.width,
-        "max_action_dim": config.max_action_dim,
-        "max_num_embodiments": config.max_embodiments,
-        "max_seq_len": config.max_seq_len,
-        "max_state_dim": config.max_state_dim,
-        "num_inference_timesteps": config.denoising_steps,
-        "num_timestep_buckets": config.timestep_buckets,
-        "select_layer": config.language.layers,
-        "torch_dtype": "bfloat16",
-        "use_relative_action": True,
-    }
-
-
-def _eagle_json(config: ModelConfig) -> dict[str, Any]:
-    vision, language = config.vision, config.language
-    return {
-        "model_type": "eagle_3_vl",
-        "image_token_index": language.image_token_id,
-        "text_config": {
-            "model_type": "qwen3",
-            "head_dim": language.head_dim,
-            "hidden_size": language.hidden_size,
-            "intermediate_size": language.mlp_size,
-            "num_attention_heads": language.heads,
-            "num_hidden_layers": language.layers,
-            "num_key_value_heads": language.kv_heads,
-            "rms_norm_eps": language.norm_eps,
-            "rope_theta": language.rope_theta,
-            "vocab_size": language.vocab_size,
-        },
-        "vision_config": {
-            "model_type": "siglip2_vision_model",
-            "hidden_size": vision.hidden_size,
-            "intermediate_size": vision.mlp_size,
-            "layer_norm_eps": vision.norm_eps,
-            "num_attention_heads": vision.heads,
-            "num_hidden_layers": vision.layers,
-            "num_patches": vision.positions,
-            "patch_size": vision.patch_size,
-        },
-    }
-
-
-def _processor_json(
-    config: ModelConfig, dataset: LeRobotDataset, relative: tuple[str, ...]
-) -> dict[str, Any]:
-    action_configs = [
-        {
-            "rep": "RELATIVE" if key in relative else "ABSOLUTE",
-            "type": "NON_EEF",
-            "format": "DEFAULT",
-            "state_key": None,
-        }
-        for key in dataset.action_keys
-    ]
-    modalities: dict[str, Any] = {
-        "video": {"delta_indices": [0], "modality_keys": list(dataset.cameras)},
-        "state": {"delta_indices": [0], "modality_keys": list(dataset.state_keys)},
-        "action": {
-            "delta_indices": list(range(config.action_horizon)),
-            "modality_keys": list(dataset.action_keys),
-            "action_configs": action_configs,
-        },
-        "language": {
-            "delta_indices": [0],
-            "modality_keys": ["annotation.human.task_description"],
-        },
-    }
-    return {
-        "processor_class": "Gr00tN1d6Processor",
-        "processor_kwargs": {
-            "modality_configs": {EMBODIMENT: modalities},
-            "clip_outliers": True,
-            "crop_fraction": 0.95,
-            "formalize_language": True,
-            "max_action_dim": config.max_action_dim,
-            "max_action_horizon": config.action_horizon,
-            "max_state_dim": config.max_state_dim,
-            "shortest_image_edge": 256,
-            "use_albumentations": True,
-            "use_percentiles": False,
-            "use_relative_action": True,
-        },
-    }
 
 
 def _statistics(dataset: LeRobotDataset, relative: tuple[str, ...]) -> dict[str, Any]:
@@ -277,9 +185,7 @@ def _write_weights(folder: Path, config: ModelConfig, seed: int) -> None:
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         save_file(_draw(shapes, seed), folder / name)
         weight_map.update(dict.fromkeys(shapes, name))
-    _write_json(
-        folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map}
-    )
+    write_json(folder / "model.safetensors.index.json", {"metadata": {}, "weight_map": weight_map})
 
 
 def _shards(shapes: dict[str, tuple[int, ...]]) -> Iterator[dict[str, tuple[int, ...]]]:

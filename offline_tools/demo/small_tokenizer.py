@@ -6,6 +6,7 @@ would make a tiny checkpoint large; this one has the same structure and a few hu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -28,11 +29,12 @@ _SENTENCES = (
 )
 
 
-def write_small_tokenizer(path: Path) -> dict[str, int]:
+def write_small_tokenizer(path: Path, sentences: Sequence[str] = _SENTENCES) -> dict[str, int]:
     """Train the tokenizer on a few sentences and write `tokenizer.json`.
 
     Args:
         path: The file to write.
+        sentences: What it is trained on; words that occur twice become one token each.
 
     Returns:
         Token to id, for every entry.
@@ -48,7 +50,7 @@ def write_small_tokenizer(path: Path) -> dict[str, int]:
     )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        _SENTENCES,
+        sentences,
         trainers.BpeTrainer(
             vocab_size=400,
             special_tokens=list(SPECIAL_TOKENS),

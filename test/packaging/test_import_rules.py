@@ -143,7 +143,7 @@ def test_every_ros_package_that_is_imported_is_declared_in_package_xml(
 
 @pytest.mark.parametrize(
     ("folder", "extras"),
-    [("groot_int8_ros", {"ros"}), ("offline_tools", {"ros", "offline", "rtx"})],
+    [("groot_int8_ros", {"ros"}), ("offline_tools", {"ros", "offline", "rtx", "sim"})],
 )
 def test_every_library_that_is_imported_is_a_declared_requirement(
     repository_root: Path, folder: str, extras: set[str]
