@@ -39,6 +39,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "compare the model with recorded reference tensors at every boundary",
     ),
     "export": ("offline_tools.export.command", "write a bundle from a checkpoint"),
+    "add-instruction": (
+        "offline_tools.export.add_instruction",
+        "put further instructions into a bundle of deployed graphs",
+    ),
     "verify": ("offline_tools.verify.command", "compare PyTorch and ONNX Runtime on a bundle"),
     "calibrate": (
         "offline_tools.calibration.command",

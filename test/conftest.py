@@ -121,6 +121,29 @@ def tiny_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
             checkpoint=tiny_checkpoint,
             bundle=folder,
             dataset=tiny_dataset,
+            graphs="reference",
+            precision="fp32",
+            denoising_steps=2,
+        ),
+        report=lambda _: None,
+    )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def deployed_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
+    """Its deployed graphs in float32, with a prefix model. Tests only read it."""
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+    folder = tiny_checkpoint.parent / "deployed"
+    write_bundle(
+        ExportOptions(
+            checkpoint=tiny_checkpoint,
+            bundle=folder,
+            dataset=tiny_dataset,
+            instructions=("pick up the cube", "Put the red cube into the green bowl."),
+            max_prefix_tokens=40,
+            prefix_model=True,
             precision="fp32",
             denoising_steps=2,
         ),
@@ -223,7 +246,12 @@ def fp16_bundle(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
 
     folder = minimal_checkpoint.parent / "bundle"
     write_bundle(
-        ExportOptions(checkpoint=minimal_checkpoint, bundle=folder, dataset=tiny_dataset),
+        ExportOptions(
+            checkpoint=minimal_checkpoint,
+            bundle=folder,
+            dataset=tiny_dataset,
+            graphs="reference",
+        ),
         report=lambda _: None,
     )
     return folder

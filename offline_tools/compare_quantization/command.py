@@ -15,6 +15,7 @@ from pathlib import Path
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.families import REFERENCE
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.types import Observation
@@ -177,6 +178,7 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         embodiment=args.embodiment,
         robot=args.robot,
         dataset=args.dataset,
+        graphs=REFERENCE,
         precision="fp32",
         denoising_steps=args.denoising_steps,
         force=True,

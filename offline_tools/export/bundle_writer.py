@@ -31,12 +31,24 @@ from groot_int8_ros.policy.bundle import (
     Manifest,
 )
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.families import GRAPH_FILES, REFERENCE
+from groot_int8_ros.policy.families import DEPLOYED, GRAPH_FILES
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor, load_processor
+from groot_int8_ros.policy.prompt_bank import PromptRecords
+from groot_int8_ros.policy.token_layout import TokenLayout
+from offline_tools.export.deployed_backbone import prefix_model
+from offline_tools.export.deployed_family import deployed_graphs
 from offline_tools.export.graph import save, trace, weight_bytes
 from offline_tools.export.graphs import ReferenceGraph, reference_graphs
+from offline_tools.export.prompts import (
+    Instructions,
+    compute_prefixes,
+    dataset_instructions,
+    given_instructions,
+    plan_layout,
+    write_prompts,
+)
 from offline_tools.export.robot_description import describe_robot
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import (
@@ -63,7 +75,11 @@ class ExportOptions:
         embodiment: Tag; the checkpoint's only one if None.
         robot: Robot description in YAML, or None.
         dataset: LeRobot dataset to take camera sizes, joint names and rate from, or None.
-        precision: `fp16` or `fp32` for backbone and DiT.
+        graphs: Family of the graphs, one of `families.FAMILIES`.
+        instructions: Instructions of a deployed bundle; the dataset's tasks if empty.
+        max_prefix_tokens: Room for an instruction's prefix; that of the longest if None.
+        prefix_model: Whether a deployed bundle can compute the prefix of a new instruction.
+        precision: `fp16` or `fp32` for the large graphs.
         denoising_steps: Euler steps; the checkpoint's own number if None.
         force: Replace an existing bundle.
     """
@@ -75,6 +91,10 @@ class ExportOptions:
     embodiment: str | None = None
     robot: Path | None = None
     dataset: Path | None = None
+    graphs: str = DEPLOYED
+    instructions: tuple[str, ...] = ()
+    max_prefix_tokens: int | None = None
+    prefix_model: bool = False
     precision: str = "fp16"
     denoising_steps: int | None = None
     force: bool = False
@@ -108,7 +128,8 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
             "with --tokenizer"
         )
     robot = describe_robot(processor, options.robot, options.dataset)
-    image_shape = Preprocessor(processor, tokenizer, robot.cameras).image_shape
+    preprocessor = Preprocessor(processor, tokenizer, robot.cameras)
+    prompts = _plan_prompts(options, preprocessor, report)
     steps = options.denoising_steps or config.denoising_steps
     if steps != config.denoising_steps:
         notes = (
@@ -122,24 +143,52 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
     notes = (*notes, *reader.notes)
     for note in notes:
         report(f"note: {note}")
-    graphs = reference_graphs(
-        config,
-        reader.tensor,
-        embodiment_id=processor.embodiment_id,
-        image_shape=image_shape,
-        precision=options.precision,
-    )
+    if prompts is None:
+        graphs = reference_graphs(
+            config,
+            reader.tensor,
+            embodiment_id=processor.embodiment_id,
+            image_shape=preprocessor.image_shape,
+            precision=options.precision,
+        )
+    else:
+        graphs = deployed_graphs(
+            config,
+            reader.tensor,
+            cameras=preprocessor.cameras,
+            image_chain=processor.image_chain,
+            embodiment_id=processor.embodiment_id,
+            layout=prompts.layout,
+            denoising_steps=steps,
+            precision=options.precision,
+            with_prefix_model=options.prefix_model,
+        )
+    files = GRAPH_FILES[options.graphs]
     _refuse_full_disk(options.bundle, graphs)
     with atomic_directory(options.bundle) as folder:
         records = {
-            name: _write_graph(name, graph, folder, report) for name, graph in graphs.items()
+            name: _write_graph(name, graph, folder / GRAPH_FOLDER / files[name], report)
+            for name, graph in graphs.items()
         }
         _copy_inputs(options.checkpoint, tokenizer_file, folder)
         report("hashing")
+        checkpoint_sha256 = checkpoint_hash(options.checkpoint, reader)
+        bank = None
+        if prompts is not None:
+            report(f"prefixes of {len(prompts.instructions.texts)} instructions")
+            room = prompts.layout.prefix_length
+            prefixes = compute_prefixes(
+                prefix_model(config, reader.tensor, precision_of_storage="fp32"),
+                prompts.instructions.prefix_ids,
+                room,
+                checkpoint_sha256,
+            )
+            bank = PromptRecords(room, write_prompts(prompts.instructions, prefixes, folder))
+            _report_memory("prefixes", report)
         manifest = Manifest(
             exporter_version=__version__,
-            checkpoint_sha256=checkpoint_hash(options.checkpoint, reader),
-            family=REFERENCE,
+            checkpoint_sha256=checkpoint_sha256,
+            family=options.graphs,
             embodiment=processor.embodiment_tag,
             robot=robot,
             action_horizon=config.action_horizon,
@@ -154,10 +203,48 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
                 for path in sorted(folder.rglob("*"))
                 if path.is_file()
             },
+            prompts=bank,
             notes=notes,
         )
         (folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """Instructions of a deployed bundle, and where tokens stand in its graphs."""
+
+    instructions: Instructions
+    layout: TokenLayout
+
+
+def _plan_prompts(
+    options: ExportOptions, preprocessor: Preprocessor, report: Callable[[str], None]
+) -> _Prompts | None:
+    """Return a deployed bundle's prompts, None for reference graphs."""
+    if options.graphs != DEPLOYED:
+        for option, given in (
+            ("--instruction", options.instructions),
+            ("--max-prefix-tokens", options.max_prefix_tokens),
+            ("--prefix-model", options.prefix_model),
+        ):
+            if given:
+                raise ConfigurationError(
+                    f"{option} goes with --graphs {DEPLOYED}: reference graphs take any "
+                    "instruction as token ids"
+                )
+        return None
+    if options.instructions or options.dataset is None:
+        instructions = given_instructions(options.instructions, preprocessor)
+    else:
+        instructions = dataset_instructions(options.dataset, preprocessor, report)
+    layout = plan_layout(
+        instructions,
+        preprocessor,
+        max_prefix_tokens=options.max_prefix_tokens,
+        prefix_model=options.prefix_model,
+    )
+    return _Prompts(instructions, layout)
 
 
 def _refuse_contradiction(processor: Processor, config: ModelConfig) -> None:
@@ -210,12 +297,11 @@ def _refuse_full_disk(bundle: Path, graphs: Mapping[str, ReferenceGraph]) -> Non
 def _write_graph(
     name: str,
     graph: ReferenceGraph,
-    folder: Path,
+    path: Path,
     report: Callable[[str], None],
 ) -> GraphRecord:
     report(f"{name}: tracing")
     model = trace(graph.spec, graph.weights)
-    path = folder / GRAPH_FOLDER / GRAPH_FILES[REFERENCE][name]
     path.parent.mkdir(exist_ok=True)
     report(f"{name}: writing weights")
     save(model, path)
@@ -226,15 +312,19 @@ def _write_graph(
         raise ExportError(f"the ONNX checker refuses {name}: {error}") from error
     engine = OnnxRuntimeEngine(path, keep_graph_as_written=True)
     record = GraphRecord(
-        file=path.relative_to(folder).as_posix(),
+        file=f"{GRAPH_FOLDER}/{path.name}",
         precision=graph.precision,
         inputs=dict(engine.inputs),
         outputs=dict(engine.outputs),
     )
     engine.close()
-    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    report(f"{name}: done; the process's peak memory so far is {peak_bytes / 1e9:.2f} GB")
+    _report_memory(name, report)
     return record
+
+
+def _report_memory(what: str, report: Callable[[str], None]) -> None:
+    peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    report(f"{what}: done; the process's peak memory so far is {peak_bytes / 1e9:.2f} GB")
 
 
 def _copy_inputs(checkpoint: Path, tokenizer_file: Path, folder: Path) -> None:

@@ -9,6 +9,8 @@ import argparse
 import time
 from pathlib import Path
 
+from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
+from offline_tools.arguments import positive_int
 from offline_tools.export.bundle_writer import ExportOptions, write_bundle
 from offline_tools.export.graphs import PRECISIONS
 
@@ -32,6 +34,33 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--dataset", type=Path, help="LeRobot dataset to take cameras, joint names and rate from"
     )
     parser.add_argument(
+        "--graphs",
+        choices=FAMILIES,
+        default=DEPLOYED,
+        help="deployed: what the robot runs; reference: the community's tensor contracts "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
+        "--instruction",
+        dest="instructions",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="instructions whose prefix is computed now (default: the dataset's tasks)",
+    )
+    parser.add_argument(
+        "--max-prefix-tokens",
+        type=positive_int,
+        help="room for an instruction and the words before it (default: that of the longest)",
+    )
+    parser.add_argument(
+        "--prefix-model",
+        action="store_true",
+        help="let the robot compute the prefix of an instruction that is not in the bundle, on "
+        "its CPU; takes the disk space of the language model and its embeddings",
+    )
+    parser.add_argument(
         "--precision", choices=list(PRECISIONS), default="fp16", help="default: %(default)s"
     )
     parser.add_argument(
@@ -50,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
     def report(line: str) -> None:
         print(f"[{time.perf_counter() - start:6.1f} s] {line}", flush=True)
 
-    manifest = write_bundle(ExportOptions(**vars(args)), report)
+    options = ExportOptions(**{**vars(args), "instructions": tuple(args.instructions)})
+    manifest = write_bundle(options, report)
     size = sum(size for _, size in manifest.files.values())
     report(f"{args.bundle}: {len(manifest.graphs)} graphs, {size / 1e6:.1f} MB")
     return 0

@@ -14,6 +14,7 @@ from groot_int8_ros.errors import CheckpointError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines import Engine
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.families import DEPLOYED
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.preprocess import ModelInputs
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
@@ -22,6 +23,7 @@ from offline_tools.export.bundle_writer import checkpoint_hash
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import load_model_config
 from offline_tools.verify.comparison import Comparison, compare, compare_masks, worst
+from offline_tools.verify.deployed_checks import compare_deployed
 from offline_tools.verify.torch_reference import (
     Arrays,
     HeadReference,
@@ -55,6 +57,10 @@ def verify_bundle(
     config, _ = load_model_config(checkpoint, eagle_config)
     reader = CheckpointReader(checkpoint)
     refuse_other_checkpoint(bundle, checkpoint, reader)
+    if bundle.manifest.family == DEPLOYED:
+        shape = bundle.manifest.action_horizon, bundle.processor.max_action_dim
+        noise = [draw_noise(0, index, shape) for index in range(len(observations))]
+        return _fold(compare_deployed(bundle, reader, config, observations, noise, atol))
     policy = Policy.load(bundle.folder, verify_hashes=False)
     graphs = policy.graphs
     assert isinstance(graphs, ReferenceGraphs)
@@ -207,4 +213,8 @@ def _noise_observation(bundle: Bundle, random: np.random.RandomState) -> Observa
             state[key.key] = random.uniform(key.low, key.high).astype(np.float32)
         else:
             state[key.key] = random.standard_normal(key.dim).astype(np.float32)
-    return Observation(images=images, state=state, instruction="pick up the cube")
+    prompts = bundle.manifest.prompts
+    known = [record.text for record in prompts.instructions] if prompts else []
+    return Observation(
+        images=images, state=state, instruction=known[0] if known else "pick up the cube"
+    )

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines import ENGINE_KINDS, Engine, TensorSpec, load_engine
+from groot_int8_ros.policy.engines.base import is_unchanged
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 
 
@@ -118,3 +119,19 @@ def test_a_graph_kept_as_written_computes_the_same(tiny_bundle: Path, decoder: E
     np.testing.assert_allclose(
         plain.run(feed)["velocity"], decoder.run(feed)["velocity"], atol=1e-5
     )
+
+
+def test_only_an_array_that_cannot_have_changed_counts_as_unchanged() -> None:
+    constant = np.zeros(3, np.float32)
+    constant.flags.writeable = False
+    assert is_unchanged(constant, constant)
+    equal = constant.copy()
+    equal.flags.writeable = False
+    assert not is_unchanged(equal, constant)
+    assert not is_unchanged(constant, None)
+    written = np.zeros(3, np.float32)
+    assert not is_unchanged(written, written)
+    # Read-only, but its owner may write into it.
+    view = written[:]
+    view.flags.writeable = False
+    assert not is_unchanged(view, view)

@@ -10,7 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError, ObservationError
+from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy, draw_noise
-from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.policy.types import CommittedActions, Observation
 
 RELATIVE_TOLERANCE = 1e-4
 
@@ -242,14 +243,12 @@ def test_policy_that_was_closed_says_so(tiny_bundle: Path) -> None:
         policy.infer(observation)
 
 
-@pytest.fixture(scope="session")
-def golden_bundle(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The recorded checkpoint as a bundle in float32 with four denoising steps."""
+def _golden(golden_dir: Path, folder: Path, **options: Any) -> Path:
+    """Export the recorded checkpoint in float32 with four denoising steps."""
     pytest.importorskip("torch", reason="exporting the recorded checkpoint needs torch")
     pytest.importorskip("transformers", reason="exporting needs transformers")
     from offline_tools.export.bundle_writer import ExportOptions, write_bundle
 
-    folder = tmp_path_factory.mktemp("golden")
     robot = folder / "robot.yaml"
     robot.write_text(
         "action_period_s: 0.05\n"
@@ -265,10 +264,37 @@ def golden_bundle(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             eagle_config=golden_dir / "eagle_config.json",
             robot=robot,
             precision="fp32",
+            **options,
         ),
         report=lambda _: None,
     )
     return folder / "bundle"
+
+
+@pytest.fixture(scope="session")
+def golden_bundle(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _golden(golden_dir, tmp_path_factory.mktemp("golden"), graphs="reference")
+
+
+@pytest.fixture(scope="session")
+def golden_deployed(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    instructions = tuple(entry["instruction"] for entry in _recorded(golden_dir))
+    folder = tmp_path_factory.mktemp("golden_deployed")
+    return _golden(golden_dir, folder, graphs="deployed", instructions=instructions)
+
+
+def _recorded(golden_dir: Path) -> list[dict[str, Any]]:
+    recorded: list[dict[str, Any]] = json.loads((golden_dir / "observations.json").read_text())
+    assert recorded
+    return recorded
+
+
+def _golden_observation(entry: dict[str, Any], arrays: Mapping[str, Any]) -> Observation:
+    return Observation(
+        images={camera: arrays[f"image.{camera}"] for camera in entry["cameras"]},
+        state={key: np.array(values[0], np.float32) for key, values in entry["state"].items()},
+        instruction=entry["instruction"],
+    )
 
 
 def _relative_error(expected: NDArray[Any], found: NDArray[Any]) -> float:
@@ -286,17 +312,9 @@ def test_recorded_observations_give_the_recorded_actions(
     manifest["denoising_steps"] = steps
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     policy = Policy.load(bundle, threads=2)
-    recorded = json.loads((golden_dir / "observations.json").read_text())
-    assert recorded
-    for entry in recorded:
+    for entry in _recorded(golden_dir):
         with np.load(golden_dir / f"golden_obs{entry['index']}.npz") as arrays:
-            observation = Observation(
-                images={camera: arrays[f"image.{camera}"] for camera in entry["cameras"]},
-                state={
-                    key: np.array(values[0], np.float32) for key, values in entry["state"].items()
-                },
-                instruction=entry["instruction"],
-            )
+            observation = _golden_observation(entry, arrays)
             chunk = policy.infer(observation, noise=arrays["noise"][0])
             expected = arrays[f"n{steps}.action_pred"][0]
             decoded = {key: arrays[f"n{steps}.decoded.{key}"][0] for key in chunk.actions}
@@ -304,6 +322,77 @@ def test_recorded_observations_give_the_recorded_actions(
         for key, actions in chunk.actions.items():
             assert _relative_error(decoded[key], actions) < RELATIVE_TOLERANCE, key
     policy.close()
+
+
+def test_deployed_graphs_give_the_recorded_actions_too(
+    golden_dir: Path, golden_deployed: Path
+) -> None:
+    from offline_tools.verify.cut_graph import CutBackbone
+
+    policy = Policy.load(golden_deployed, threads=2)
+    graphs = policy.graphs
+    assert isinstance(graphs, DeployedGraphs)
+    for entry in _recorded(golden_dir):
+        with np.load(golden_dir / f"golden_obs{entry['index']}.npz") as arrays:
+            observation = _golden_observation(entry, arrays)
+            noise, pixels = arrays["noise"][0], arrays["pixel_values"]
+            expected = arrays["n4.action_pred"][0]
+            chunk = policy.infer(observation, noise=noise)
+            decoded = {key: arrays[f"n4.decoded.{key}"][0] for key in chunk.actions}
+        inputs = graphs.preprocess(observation)
+        feeds = [graphs.backbone_feeds(inputs)]
+        cut = CutBackbone(golden_deployed / "onnx" / "backbone.onnx", pixels.shape)
+        # From the recorded pixels, so that the image chain has no part in it.
+        (features,) = cut.features(feeds, [pixels])
+        assert _relative_error(expected, graphs.actions(inputs, features, noise)) < (
+            RELATIVE_TOLERANCE
+        )
+        # The image chain by itself: within one grey level of 255.
+        (own,) = cut.pixels(feeds)
+        assert np.abs(own - pixels).max() * 127.5 < 1.001
+        # And from the raw frames, as the robot runs it.
+        assert _relative_error(expected, chunk.action_pred) < RELATIVE_TOLERANCE
+        for key, actions in chunk.actions.items():
+            assert _relative_error(decoded[key], actions) < RELATIVE_TOLERANCE, key
+    policy.close()
+
+
+@pytest.fixture(scope="module")
+def families(tiny_bundle: Path, deployed_bundle: Path) -> Iterator[tuple[Policy, Policy]]:
+    policies = [Policy.load(folder, threads=2) for folder in (tiny_bundle, deployed_bundle)]
+    yield policies[0], policies[1]
+    for one in policies:
+        one.close()
+
+
+def test_both_families_give_the_same_chunk(families: tuple[Policy, Policy]) -> None:
+    reference, deployed = families
+    for stamp in (1, 2):
+        observation = _observation(reference, stamp)
+        chunks = [one.infer(observation, seed=3) for one in (reference, deployed)]
+        error = _relative_error(chunks[0].action_pred, chunks[1].action_pred)
+        assert error < RELATIVE_TOLERANCE
+        for key, actions in chunks[0].actions.items():
+            np.testing.assert_allclose(chunks[1].actions[key], actions, rtol=1e-4, atol=1e-4)
+
+
+def test_committed_rows_bend_the_others_alike_in_both_families(
+    families: tuple[Policy, Policy],
+) -> None:
+    reference = families[0]
+    observation = _observation(reference)
+    free = reference.infer(observation, seed=3)
+    earlier = reference.infer(observation, seed=8)
+    rows = [0, 1, 2, 7]
+    committed = CommittedActions(rows, {k: v[rows] for k, v in earlier.actions.items()})
+    chunks = [one.infer(observation, seed=3, committed=committed) for one in families]
+    assert _relative_error(chunks[0].action_pred, chunks[1].action_pred) < RELATIVE_TOLERANCE
+    others = [row for row in range(16) if row not in rows]
+    for key, actions in chunks[1].actions.items():
+        np.testing.assert_allclose(actions[rows], earlier.actions[key][rows], rtol=1e-5, atol=1e-5)
+    # They are not only copied: the rows between them move as well.
+    moved = np.abs(chunks[1].action_pred - free.action_pred)[others]
+    assert moved.max() > 1e-3
 
 
 def test_observer_sees_every_graphs_inputs_in_order_and_changes_nothing(policy: Policy) -> None:

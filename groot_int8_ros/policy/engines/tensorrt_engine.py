@@ -31,7 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds
+from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds, is_unchanged
 from groot_int8_ros.policy.engines.cuda import Cuda, CudaError, host_view
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_FOLDER,
@@ -152,6 +152,8 @@ class TensorRTEngine:
         self._use_cuda_graph = use_cuda_graph
         self._graph: Any = None
         self._shapes: dict[str, tuple[int, ...]] = {}
+        # What each input's buffer was last filled from.
+        self._given: dict[str, NDArray[Any]] = {}
         self.cuda_graph_state = "off" if not use_cuda_graph else "not tried"
         self._log = make_logger(trt)
         try:
@@ -188,7 +190,9 @@ class TensorRTEngine:
         checked = checked_feeds(self._path.name, self.inputs, feeds)
         self._set_shapes({name: array.shape for name, array in checked.items()})
         for name, array in checked.items():
-            self._write(name, array)
+            if not is_unchanged(array, self._given.get(name)):
+                self._write(name, array)
+                self._given[name] = array
         try:
             self._execute()
         except CudaError as error:

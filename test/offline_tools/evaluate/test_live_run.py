@@ -49,6 +49,7 @@ def g1_bundle(g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
             checkpoint=folder / "checkpoint",
             bundle=folder / "bundle",
             dataset=g1_dataset_dir,
+            graphs="reference",
             precision="fp32",
             denoising_steps=2,
         ),

@@ -52,6 +52,7 @@ def g1_policy(
             checkpoint=folder / "checkpoint",
             bundle=folder / "float",
             dataset=g1_dataset_dir,
+            graphs="reference",
             precision="fp32",
             denoising_steps=2,
         ),

@@ -80,7 +80,7 @@ class Output:
 
 def _arguments(checkpoint: Path, dataset: Path, bundle: Path, *options: object) -> list[str]:
     words = ["export", "--checkpoint", checkpoint, "--bundle", bundle, "--dataset", dataset]
-    return [str(word) for word in (*words, *options)]
+    return [str(word) for word in (*words, "--graphs", "reference", *options)]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 pytest.importorskip("torch", reason="the reference runs in torch")
 pytest.importorskip("transformers", reason="the reference needs transformers")
 
+from groot_int8_ros.policy.prompt_bank import read_prefix
 from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.cli import main
 from offline_tools.dataset import lerobot, video
@@ -32,6 +34,20 @@ TENSORS = {
     "action_decoder: velocity",
     "action_pred, end to end",
 }
+
+
+CHAIN = "image chain: grey levels"
+FROM_PIXELS = {
+    "backbone from recorded pixels: features, text tokens",
+    "backbone from recorded pixels: features, image tokens",
+    "action_pred, from recorded pixels",
+}
+FROM_FRAMES = {
+    "backbone from frames: features, text tokens",
+    "backbone from frames: features, image tokens",
+    "action_pred, from frames",
+}
+HEAD = "action_head: action_pred"
 
 
 def _verify(bundle: Path, checkpoint: Path, *options: object) -> int:
@@ -245,3 +261,76 @@ def test_verdict_is_printed_although_the_report_cannot_be_written(
     assert shown.out.rstrip().endswith("PASS")
     assert "cannot write" in shown.err
     assert "verify.json" in shown.err
+
+
+@pytest.fixture
+def deployed_copy(deployed_bundle: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(deployed_bundle, tmp_path / "deployed"))
+
+
+def test_deployed_bundle_passes_with_the_image_chain_apart(
+    deployed_copy: Path, tiny_checkpoint: Path
+) -> None:
+    assert _verify(deployed_copy, tiny_checkpoint, "--samples", 2, "--atol", 1e-4) == 0
+    report = _report(deployed_copy)
+    assert set(report) - {""} == {CHAIN, HEAD, *FROM_PIXELS, *FROM_FRAMES}
+    for name in (HEAD, *FROM_PIXELS):
+        assert float(str(report[name]["relative_l2"])) < 1e-4
+    assert float(str(report[CHAIN]["max_absolute"])) < 1.001
+
+
+def _other_prefix(bundle: Path) -> None:
+    for path in (bundle / "prompts").iterdir():
+        prefix = read_prefix(path)
+        keys = prefix.tensors["prefix_keys"]
+        replace(prefix, tensors={**prefix.tensors, "prefix_keys": -keys}).write(path)
+
+
+def _darken(weights: np.ndarray) -> None:  # type: ignore[type-arg]
+    weights *= 0.5
+
+
+@pytest.mark.parametrize(
+    ("spoil", "failing"),
+    [
+        (
+            lambda b: _spoil(
+                b, "backbone.onnx", "image_chain.chains.480x640.bicubic.0.high", _darken
+            ),
+            {CHAIN},
+        ),
+        (_other_prefix, {*FROM_PIXELS, *FROM_FRAMES}),
+        (
+            lambda b: _spoil(b, "action_head.onnx", "context.image.kv", _negate),
+            {HEAD, "action_pred, from recorded pixels", "action_pred, from frames"},
+        ),
+    ],
+)
+def test_wrong_part_of_a_deployed_bundle_fails_where_it_is(
+    deployed_copy: Path,
+    tiny_checkpoint: Path,
+    reseal: Reseal,
+    spoil: Callable[[Path], None],
+    failing: set[str],
+) -> None:
+    spoil(deployed_copy)
+    reseal(deployed_copy)
+    assert _verify(deployed_copy, tiny_checkpoint, "--samples", 1, "--atol", 1e-4) == 1
+    report = _report(deployed_copy)
+    failed = {name for name in report if name and report[name]["passed"] is False}
+    # A darker picture shows behind the chain as well, where frames are what is fed.
+    assert failing <= failed <= (failing | FROM_FRAMES if CHAIN in failing else failing)
+
+
+def test_observation_with_an_instruction_outside_the_bank_is_refused_with_the_command(
+    deployed_copy: Path,
+    tiny_checkpoint: Path,
+    tiny_dataset: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    tasks = dataset / "meta" / "tasks.jsonl"
+    tasks.write_text(tasks.read_text().replace("cube", "ball"))
+    assert _verify(deployed_copy, tiny_checkpoint, "--dataset", dataset) == 2
+    assert "groot-int8 add-instruction" in capsys.readouterr().err
