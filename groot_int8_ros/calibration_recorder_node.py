@@ -267,6 +267,8 @@ class CalibrationRecorderNode(ManagedNode):
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:
             self._instruction = self._node_parameters.current.instruction
+        if self._streams is not None:
+            self._streams.max_frozen_s = self._node_parameters.current.max_frozen_s
 
     def _on_time_jump(self, _: object) -> None:
         if self._streams is not None:
@@ -303,7 +305,7 @@ class CalibrationRecorderNode(ManagedNode):
 
     def _report(self) -> DiagnosticArray:
         now_ns = self._now_ns()
-        streams = self._streams.buffer.status() if self._streams else []
+        streams = self._streams.status() if self._streams else []
         max_age_s = self._node_parameters.current.max_observation_age_s
         return status_array(
             self.get_fully_qualified_name().lstrip("/"),

@@ -50,6 +50,10 @@ class ObservationError(GrootError):
     """An observation cannot be used: missing, misshapen or not finite."""
 
 
+class FrozenImageError(ObservationError):
+    """A camera's pixels have stopped changing although its stamps advance."""
+
+
 class UnknownInstructionError(ObservationError):
     """The prefix of an instruction is not there: it has to be computed first."""
 

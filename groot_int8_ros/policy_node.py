@@ -191,6 +191,8 @@ class PolicyNode(ManagedNode):
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:
             self._instruction = self._node_parameters.current.instruction
+        if self._streams is not None:
+            self._streams.max_frozen_s = self._node_parameters.current.max_frozen_s
 
     def _on_time_jump(self, _: object) -> None:
         if self._streams is not None:
@@ -230,7 +232,7 @@ class PolicyNode(ManagedNode):
                 lifecycle=self._lifecycle,
                 failure=self._failure,
                 engine=self._engine_facts,
-                streams=self._streams.buffer.status() if self._streams else [],
+                streams=self._streams.status() if self._streams else [],
                 max_age_s=self._node_parameters.current.max_observation_age_s,
                 instruction=self._instruction,
                 inference=self._record.report(),

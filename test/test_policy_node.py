@@ -184,6 +184,11 @@ class Robot:
         found = self.statuses.get(f"policy_node: {name}")
         return found.message if found else ""
 
+    def values(self, name: str) -> dict[str, str]:
+        """Values of the newest status of that name."""
+        found = self.statuses.get(f"policy_node: {name}")
+        return {entry.key: entry.value for entry in found.values} if found else {}
+
     def says(self, name: str, pattern: str) -> bool:
         """Whether the newest status of that name matches."""
         return re.search(pattern, self.status(name), re.DOTALL) is not None
@@ -488,6 +493,35 @@ def test_silent_and_stale_streams_are_named_and_recovered_from(
             )
         ),
     )
+
+
+def test_camera_that_stamps_the_same_picture_again_is_held_named_and_recovered_from(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node(max_frozen_s=0.5)
+    robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
+    name = f"camera {robot.raw_camera.key}"
+    still = bytes(robot.raw_camera.height * (robot.raw_camera.width * 3 + 8))
+    freeze = partial(robot.observe, frame=lambda message: setattr(message, "data", still))
+    robot.until(
+        partial(robot.says, "inference", rf"^holding: frozen: {name} \(/test/.*max_frozen_s"),
+        "frozen camera",
+        freeze,
+    )
+    robot.until(partial(robot.says, name, "^frozen"), "status of the camera", freeze)
+    counts = robot.values("inference")
+    assert int(counts["holds: frozen"]) >= 1
+    robot.forget()
+    for _ in range(3):
+        freeze()
+        robot.spin(PUBLISH_PERIOD_S)
+    assert not robot.chunks
+    assert robot.set("max_frozen_s", 0.0).successful
+    robot.until(lambda: robot.pairs(), "a chunk though it is frozen", freeze)
+    assert robot.set("max_frozen_s", 0.5).successful
+    robot.until(partial(robot.says, name, "^frozen"), "frozen camera again", freeze)
+    robot.forget()
+    robot.until(lambda: robot.pairs(), "a chunk of moving pictures", robot.observe)
 
 
 def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(

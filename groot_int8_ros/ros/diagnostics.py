@@ -16,7 +16,7 @@ from typing import Any
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
 from groot_int8_ros.ros.joints import time_message
-from groot_int8_ros.ros.observation_buffer import Hold, StreamStatus, stamp_fault
+from groot_int8_ros.ros.observation_buffer import FROZEN, Hold, StreamStatus, stamp_fault
 
 HARDWARE_ID = "groot_int8_ros"
 
@@ -250,7 +250,11 @@ def stream_status(status: StreamStatus, now_ns: int, max_age_s: float) -> Diagno
         "seconds since last message": silence,
         "stamp_ns": "none" if status.stamp_ns is None else status.stamp_ns,
     }
+    if status.stream.is_camera:
+        values["seconds of the same pixels"] = f"{status.same_pixels_s:.3f}"
     fault = stamp_fault(status.stream, status.stamp_ns, now_ns, max_age_s)
+    if fault is None and status.is_frozen:
+        fault = Hold(FROZEN, f"{status.stream.topic} shows the same pixels again and again")
     if fault:
         return status_message(
             status.stream.name, ERROR, f"{fault.reason}: {fault.message}", values

@@ -22,12 +22,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from groot_int8_ros.errors import GrootError, ObservationError
+from groot_int8_ros.errors import FrozenImageError, GrootError, ObservationError
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk, Observation
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.instruction_gate import InstructionGate
 from groot_int8_ros.ros.observation_buffer import (
+    FROZEN,
     USED,
     Hold,
     ObservationBuffer,
@@ -194,6 +195,8 @@ class InferenceWorker:
         self._buffer.mark_used(found)
         try:
             hold = self._infer_and_publish(found, instruction, parameters.seed)
+        except FrozenImageError as error:
+            hold = Hold(FROZEN, str(error))
         except ObservationError as error:
             hold = Hold(OBSERVATION, str(error))
         except Exception as error:

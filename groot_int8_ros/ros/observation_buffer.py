@@ -6,9 +6,11 @@ import rclpy: times come in as numbers, so that tests and recordings use the sam
 The rules. A message replaces the one before it, by order of arrival. The observation's stamp is
 the newest camera stamp: actions are relative to what was seen last. Every stream's stamp must lie
 within the skew of every other's, and no stream's stamp may be older than the age, measured in ROS
-time, so that a bag played with `use_sim_time` is judged as the robot was. An observation is used
-once. When time jumps back (a bag loops, a clock is set), everything stored before is dropped:
-frames of two passes never meet in one observation.
+time, so that a bag played with `use_sim_time` is judged as the robot was. A stream may have an age
+and a skew of its own; between two streams the larger of their own skews counts, so that a slow
+stream can be allowed without loosening the others. An observation is used once. When time jumps
+back (a bag loops, a clock is set), everything stored before is dropped: frames of two passes never
+meet in one observation.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 _NANOSECONDS = 1e9
@@ -30,6 +33,11 @@ AHEAD = "ahead"
 STALE = "stale"
 SKEWED = "skewed"
 USED = "used"
+# Given by the conversion of frames, not by the buffer, which does not look into messages.
+FROZEN = "frozen"
+
+MAX_AGE = "max_observation_age_s"
+MAX_SKEW = "max_observation_skew_s"
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,17 @@ class Stream:
         name: Unique name, such as `camera front`; used on diagnostics and in `chunk_info`.
         topic: Resolved topic; named in messages to the user.
         is_camera: Whether its stamp may become the observation's.
+        max_age_s: Oldest stamp allowed of this stream, or None for the one of all.
+        max_skew_s: Largest difference allowed to another stream's stamp, or None likewise.
+        limits: Prefix of the parameters that set these two; named in messages to the user.
     """
 
     name: str
     topic: str
     is_camera: bool
+    max_age_s: float | None = None
+    max_skew_s: float | None = None
+    limits: str = ""
 
 
 @dataclass(frozen=True)
@@ -99,12 +113,16 @@ class StreamStatus:
         count: Messages since the buffer was made.
         silence_s: Steady time since the last message, or None before the first.
         stamp_ns: Stamp of the stored message, or None where none is stored.
+        same_pixels_s: How long a camera's pixels have been the same, by its stamps.
+        is_frozen: Whether that is longer than allowed.
     """
 
     stream: Stream
     count: int
     silence_s: float | None
     stamp_ns: int | None
+    same_pixels_s: float = 0.0
+    is_frozen: bool = False
 
 
 class ObservationBuffer:
@@ -183,7 +201,8 @@ class ObservationBuffer:
             now_ns: ROS time.
             max_age_s: Oldest stamp allowed, seconds before now. A stamp may be ahead of now by as
                 much, for clocks arrive in steps.
-            max_skew_s: Largest difference allowed between two streams' stamps.
+            max_skew_s: Largest difference allowed between two streams' stamps. Of a stream with
+                limits of its own those count.
         """
         with self._changed:
             samples, epoch, used = dict(self._samples), self._epoch, self._used_stamp_ns
@@ -238,15 +257,30 @@ class ObservationBuffer:
             if messages:
                 return Hold(reason, "; ".join(messages))
         ordered = sorted(self.streams, key=lambda stream: samples[stream.name].stamp_ns)
-        oldest, newest = ordered[0], ordered[-1]
-        skew_s = (samples[newest.name].stamp_ns - samples[oldest.name].stamp_ns) / _NANOSECONDS
-        if skew_s > max_skew_s:
-            return Hold(
-                SKEWED,
-                f"{_named(oldest)} is {skew_s:.3f} s older than {_named(newest)}, more than "
-                f"max_observation_skew_s = {max_skew_s:g}",
-            )
-        return None
+        skews = []
+        for older, newer in combinations(ordered, 2):
+            skew_s = (samples[newer.name].stamp_ns - samples[older.name].stamp_ns) / _NANOSECONDS
+            limit_s, name = _skew_limit(older, newer, max_skew_s)
+            if skew_s > limit_s:
+                skews.append((skew_s, older, newer, limit_s, name))
+        if not skews:
+            return None
+        skew_s, older, newer, limit_s, name = max(skews, key=lambda entry: entry[0])
+        return Hold(
+            SKEWED,
+            f"{_named(older)} is {skew_s:.3f} s older than {_named(newer)}, more than "
+            f"{name} = {limit_s:g}",
+        )
+
+
+def _skew_limit(one: Stream, other: Stream, max_skew_s: float) -> tuple[float, str]:
+    # The limit of two streams, and the name of the parameter that sets it.
+    own = [
+        (stream.max_skew_s, f"{stream.limits}.max_skew_s")
+        for stream in (one, other)
+        if stream.max_skew_s is not None
+    ]
+    return max(own, default=(max_skew_s, MAX_SKEW))
 
 
 def _named(stream: Stream) -> str:
@@ -275,17 +309,18 @@ def stamp_fault(
         )
     if now_ns == 0:
         return Hold(AHEAD, "ROS time is zero: use_sim_time is set but nothing came on /clock")
+    limit_s, name = max_age_s, MAX_AGE
+    if stream.max_age_s is not None:
+        limit_s, name = stream.max_age_s, f"{stream.limits}.max_age_s"
     age_s = (now_ns - stamp_ns) / _NANOSECONDS
-    if age_s < -max_age_s:
+    if age_s < -limit_s:
         return Hold(
             AHEAD,
             f"{_named(stream)} is stamped {-age_s:.3f} s in the future: use_sim_time may be set "
             "wrongly, or the machines' clocks differ",
         )
-    if age_s > max_age_s:
+    if age_s > limit_s:
         return Hold(
-            STALE,
-            f"{_named(stream)} is {age_s:.3f} s old, more than max_observation_age_s = "
-            f"{max_age_s:g}",
+            STALE, f"{_named(stream)} is {age_s:.3f} s old, more than {name} = {limit_s:g}"
         )
     return None

@@ -7,6 +7,7 @@ conversion happens in `read`, in the thread that asks for an observation.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -17,11 +18,17 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from groot_int8_ros.errors import ObservationError
+from groot_int8_ros.errors import FrozenImageError, ObservationError
 from groot_int8_ros.policy.types import Float32Array, JointSpec, Observation, UInt8Array
+from groot_int8_ros.ros.frozen_images import FrozenImageWatch
 from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
 from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
-from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
+from groot_int8_ros.ros.observation_buffer import (
+    ObservationBuffer,
+    Snapshot,
+    Stream,
+    StreamStatus,
+)
 from groot_int8_ros.ros.parameters import CameraParameters, NodeParameters
 
 JOINT_STATE = "joint_state"
@@ -47,9 +54,12 @@ class ObservationStreams:
         node: Where the subscriptions are made; `close` removes them.
         cameras: Topic and transport of each camera.
         state_joints: State key to its joints.
-        parameters: Joint-state topic and quality of service.
+        parameters: Joint-state topic, its limits, and quality of service.
         seen: Called with stream name, message and stamp of everything that arrives, in the
             executor's thread.
+
+    Attributes:
+        max_frozen_s: `NodeParameters.max_frozen_s`; the node sets it when the parameter changes.
 
     Raises:
         ConfigurationError: No converter for images can be imported.
@@ -66,6 +76,8 @@ class ObservationStreams:
         self._node = node
         self._seen = seen
         self._cameras = tuple(cameras)
+        self.max_frozen_s = parameters.max_frozen_s
+        self._watches = {camera_stream_name(camera.key): FrozenImageWatch() for camera in cameras}
         self.bridge_name, self._bridge = load_bridge()
         self._qos = QoSProfile(
             history=HistoryPolicy.KEEP_LAST,
@@ -76,26 +88,40 @@ class ObservationStreams:
                 else ReliabilityPolicy.BEST_EFFORT
             ),
         )
-        inputs: list[tuple[str, Any, str, bool]] = [
+        inputs = [
             (
-                camera_stream_name(camera.key),
+                Stream(
+                    camera_stream_name(camera.key),
+                    camera.topic,
+                    True,
+                    # 0 in a parameter stands for the limit of all.
+                    camera.max_age_s or None,
+                    camera.max_skew_s or None,
+                    f"cameras.{camera.key}",
+                ),
                 _message_type(camera),
-                camera.topic,
-                True,
             )
             for camera in cameras
         ]
-        inputs.append((JOINT_STATE, JointState, parameters.joint_state_topic, False))
+        joint_state = Stream(
+            JOINT_STATE,
+            parameters.joint_state_topic,
+            False,
+            parameters.joint_state_max_age_s or None,
+            parameters.joint_state_max_skew_s or None,
+            "joint_state",
+        )
+        inputs.append((joint_state, JointState))
         self._subscriptions = [
-            node.create_subscription(kind, topic, partial(self._store, name), self._qos)
-            for name, kind, topic, _ in inputs
+            node.create_subscription(
+                kind, stream.topic, partial(self._store, stream.name), self._qos
+            )
+            for stream, kind in inputs
         ]
         self.buffer = ObservationBuffer(
             [
-                Stream(name, subscription.topic_name, is_camera)
-                for (name, _, _, is_camera), subscription in zip(
-                    inputs, self._subscriptions, strict=True
-                )
+                dataclasses.replace(stream, topic=subscription.topic_name)
+                for (stream, _), subscription in zip(inputs, self._subscriptions, strict=True)
             ]
         )
         self._topics = {stream.name: stream.topic for stream in self.buffer.streams}
@@ -109,10 +135,23 @@ class ObservationStreams:
             instruction: Goes into the observation as it is.
 
         Raises:
+            FrozenImageError: A camera shows the same pixels for longer than `max_frozen_s`.
             ObservationError: A message cannot be used; it names topic and reason.
         """
+        images = {camera.key: self._frame(camera, snapshot) for camera in self._cameras}
+        frozen = [name for name in self._watches if self._is_frozen(name)]
+        if frozen:
+            raise FrozenImageError(
+                "; ".join(
+                    f"{name} ({self._topics[name]}) shows the same pixels for "
+                    f"{self._watches[name].same_pixels_s:.3f} s although its stamps advance"
+                    for name in frozen
+                )
+                + f", longer than max_frozen_s = {self.max_frozen_s:g}: check the camera and its "
+                "driver; for pictures that may really stand still set max_frozen_s to 0.0"
+            )
         return Observation(
-            images={camera.key: self._frame(camera, snapshot) for camera in self._cameras},
+            images=images,
             state=self.read_state(snapshot),
             instruction=instruction,
             stamp_ns=snapshot.stamp_ns,
@@ -153,6 +192,19 @@ class ObservationStreams:
                     faults.append(str(error))
         return faults
 
+    def status(self) -> list[StreamStatus]:
+        """Return what is known of each stream; may be called from any thread."""
+        return [
+            dataclasses.replace(
+                status,
+                same_pixels_s=self._watches[status.stream.name].same_pixels_s,
+                is_frozen=self._is_frozen(status.stream.name),
+            )
+            if status.stream.is_camera
+            else status
+            for status in self.buffer.status()
+        ]
+
     def close(self) -> None:
         """Remove the subscriptions."""
         for subscription in self._subscriptions:
@@ -166,7 +218,13 @@ class ObservationStreams:
 
     def _frame(self, camera: CameraParameters, snapshot: Snapshot) -> UInt8Array:
         name = camera_stream_name(camera.key)
-        return self._rgb(camera, snapshot.samples[name].message)
+        sample = snapshot.samples[name]
+        rgb = self._rgb(camera, sample.message)
+        self._watches[name].see(rgb, sample.stamp_ns)
+        return rgb
+
+    def _is_frozen(self, name: str) -> bool:
+        return 0.0 < self.max_frozen_s < self._watches[name].same_pixels_s
 
     def _rgb(self, camera: CameraParameters, message: Any) -> UInt8Array:
         topic, size = self._topics[camera_stream_name(camera.key)], (camera.height, camera.width)

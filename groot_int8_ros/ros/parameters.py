@@ -56,6 +56,9 @@ class NodeParameters:
         inference_rate_hz: Most inferences a second.
         max_observation_age_s: Oldest stamp that an observation may contain.
         max_observation_skew_s: Largest difference between two stamps of an observation.
+        joint_state_max_age_s: As `max_observation_age_s`, of the joint state; 0 leaves it to that.
+        joint_state_max_skew_s: As `max_observation_skew_s`, likewise.
+        max_frozen_s: How long a camera's pixels may stay the same; 0 for ever.
         sensor_qos_reliability: `best_effort` or `reliable`.
         sensor_qos_depth: Queue of each sensor subscription.
         autostart: Whether the node configures and activates itself.
@@ -72,6 +75,9 @@ class NodeParameters:
     inference_rate_hz: float
     max_observation_age_s: float
     max_observation_skew_s: float
+    joint_state_max_age_s: float
+    joint_state_max_skew_s: float
+    max_frozen_s: float
     sensor_qos_reliability: str
     sensor_qos_depth: int
     autostart: bool
@@ -100,6 +106,8 @@ class CameraParameters:
         transport: `raw` (`sensor_msgs/Image`) or `compressed` (`sensor_msgs/CompressedImage`).
         height: Frame height that the bundle was exported for.
         width: Frame width, likewise.
+        max_age_s: As `NodeParameters.max_observation_age_s`, of this camera; 0 leaves it to that.
+        max_skew_s: As `NodeParameters.max_observation_skew_s`, likewise.
     """
 
     key: str
@@ -107,6 +115,8 @@ class CameraParameters:
     transport: str
     height: int
     width: int
+    max_age_s: float = 0.0
+    max_skew_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -196,6 +206,26 @@ PARAMETERS: Mapping[str, Declaration] = {
         high=3600.0,
         live=True,
     ),
+    "joint_state.max_age_s": Declaration(
+        0.0,
+        "As max_observation_age_s, of the joint state alone; 0.0 leaves it to that.",
+        low=0.0,
+        high=3600.0,
+    ),
+    "joint_state.max_skew_s": Declaration(
+        0.0,
+        "As max_observation_skew_s, of the joint state alone; 0.0 leaves it to that.",
+        low=0.0,
+        high=3600.0,
+    ),
+    "max_frozen_s": Declaration(
+        1.0,
+        "The node holds when a camera's pixels have been the same for longer although its stamps "
+        "advance; 0.0 switches the check off.",
+        low=0.0,
+        high=3600.0,
+        live=True,
+    ),
     "sensor_qos.reliability": Declaration(
         "best_effort",
         "Reliability of the camera and joint-state subscriptions.",
@@ -209,6 +239,22 @@ PARAMETERS: Mapping[str, Declaration] = {
     ),
     "autostart": Declaration(
         False, "Whether the node configures and activates itself at start.", read_only=True
+    ),
+}
+
+# Of each camera of the bundle, under `cameras.<key>`.
+CAMERA_LIMITS: Mapping[str, Declaration] = {
+    "max_age_s": Declaration(
+        0.0,
+        "As max_observation_age_s, of this camera; 0.0 leaves it to that.",
+        low=0.0,
+        high=3600.0,
+    ),
+    "max_skew_s": Declaration(
+        0.0,
+        "As max_observation_skew_s, of this camera; 0.0 leaves it to that.",
+        low=0.0,
+        high=3600.0,
     ),
 }
 
@@ -330,7 +376,13 @@ class ParameterSet(Generic[P]):
         fault = _topic_fault(f"{prefix}.topic", topic)
         if fault:
             raise ConfigurationError(fault)
-        return CameraParameters(camera.key, topic, transport, camera.height, camera.width)
+        limits = {
+            name: self._declare(f"{prefix}.{name}", 0.0, _descriptor(declaration))
+            for name, declaration in CAMERA_LIMITS.items()
+        }
+        return CameraParameters(
+            camera.key, topic, transport, camera.height, camera.width, **limits
+        )
 
     def _joints(self, prefix: str, joints: tuple[JointSpec, ...]) -> tuple[JointSpec, ...]:
         columns = {

@@ -101,6 +101,14 @@ class BagInputs:
             joints = tuple(replace(joint, **{field: value}) for joint, value in changed)
         return joints
 
+    def limits(self, prefix: str) -> tuple[float | None, float | None, str]:
+        """Return a stream's own age, its own skew and the prefix of the two parameters."""
+        age_s, skew_s = (
+            float(self.values.get(f"{prefix}.{name}", 0.0)) or None
+            for name in ("max_age_s", "max_skew_s")
+        )
+        return age_s, skew_s, prefix
+
 
 class BagSource:
     """The observations of a bag, numbered through."""
@@ -135,8 +143,11 @@ class BagSource:
             self._joint_topic,
         )
         self.streams = (
-            *(Stream(key, topic, is_camera=True) for key, topic in self._cameras.items()),
-            Stream(_JOINT_STATE, self._joint_topic, is_camera=False),
+            *(
+                Stream(key, topic, True, *inputs.limits(f"cameras.{key}"))
+                for key, topic in self._cameras.items()
+            ),
+            Stream(_JOINT_STATE, self._joint_topic, False, *inputs.limits("joint_state")),
         )
         # The defaults are the nodes', config/policy.yaml.
         self.max_age_s = float(inputs.values.get("max_observation_age_s", 0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import stat
@@ -65,7 +66,7 @@ def prefix(tmp_path: Path, repository_root: Path) -> Path:
     marker.touch()
     for name in ("launch", "config"):
         shutil.copytree(repository_root / name, folder / "share/groot_int8_ros" / name)
-    for name in ("policy_node", "calibration_recorder_node"):
+    for name in ("policy_node", "calibration_recorder_node", "chunk_executor_node"):
         executable = folder / "lib/groot_int8_ros" / name
         executable.parent.mkdir(parents=True, exist_ok=True)
         executable.write_text(
@@ -129,12 +130,12 @@ class Launched:
         values = [parameter_value_to_python(value) for value in future.result().values]
         return dict(zip(names, values, strict=True))
 
-    def node_process_id(self) -> int:
+    def node_process_id(self, name: str = "policy_node") -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text()
         for process_id in map(int, children.split()):
-            if b"policy_node" in Path(f"/proc/{process_id}/cmdline").read_bytes():
+            if name.encode() in Path(f"/proc/{process_id}/cmdline").read_bytes():
                 return process_id
-        pytest.fail(f"policy_node is not among the launched processes {children}")
+        pytest.fail(f"{name} is not among the launched processes {children}")
 
 
 Start = Callable[..., Launched]
@@ -215,6 +216,53 @@ def test_recorders_arguments_reach_the_node(start: Start, tmp_path: Path) -> Non
     launched.process.send_signal(signal.SIGINT)
     assert launched.process.wait(DEADLINE_S) == 0, launched.log.read_text()
     assert not (tmp_path / "store").exists()
+
+
+def test_executors_arguments_reach_the_node(start: Start) -> None:
+    launched = start("use_sim_time:=true", "namespace:=arm", file="executor.launch.py")
+    names = ["channels", "use_sim_time", "autostart", "control_rate_hz"]
+    assert launched.parameters("/arm/chunk_executor", names) == {
+        "channels": [""],
+        "use_sim_time": True,
+        "autostart": True,
+        "control_rate_hz": 50.0,
+    }
+    launched.until(
+        lambda: "channels" in launched.messages.get("arm/chunk_executor: executor", ""),
+        "why configuring failed",
+    )
+    launched.process.send_signal(signal.SIGINT)
+    assert launched.process.wait(DEADLINE_S) == 0, launched.log.read_text()
+
+
+def test_the_executor_outlives_the_policy_and_the_launch_ends_with_the_executor(
+    start: Start, repository_root: Path
+) -> None:
+    launched = start(
+        f"params_file:={repository_root / 'config' / 'so101.yaml'}",
+        "bundle:=/nowhere/bundle",
+        file="robot.launch.py",
+    )
+    assert launched.parameters("/policy_node", ["bundle", "engine"]) == {
+        "bundle": "/nowhere/bundle",
+        "engine": "tensorrt",
+    }
+    assert launched.parameters("/chunk_executor", ["channels"]) == {"channels": ["arm", "gripper"]}
+    active = "commands are disabled; call ~/enable"
+    launched.until(
+        lambda: launched.messages.get("chunk_executor: executor") == active, "an active executor"
+    )
+    first = launched.node_process_id()
+    os.kill(first, signal.SIGKILL)
+    # Launch starts the policy again; the executor has not noticed.
+    started = re.compile(r"policy_node-\d+\]: process started with pid \[(\d+)\]")
+    launched.until(
+        lambda: {int(pid) for pid in started.findall(launched.log.read_text())} - {first},
+        "another policy",
+    )
+    assert launched.messages["chunk_executor: executor"] == active
+    os.kill(launched.node_process_id("chunk_executor"), signal.SIGKILL)
+    launched.process.wait(DEADLINE_S)
 
 
 def test_launch_ends_when_its_node_dies(start: Start) -> None:

@@ -20,12 +20,15 @@ from rclpy.parameter import Parameter
 
 from groot_int8_ros.control.commitment import Commitment
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.robot import RobotDescription
+from groot_int8_ros.policy.types import CameraSpec
 from groot_int8_ros.ros.executor_messages import CommandWriter, commitment_message, commitment_of
 from groot_int8_ros.ros.executor_parameters import (
     CHANNEL_PARAMETERS,
     ExecutorParameterSet,
     OutputParameters,
 )
+from groot_int8_ros.ros.parameters import Parameters
 
 ARM: dict[str, Any] = {
     "channels": ["arm"],
@@ -135,6 +138,49 @@ def test_the_yaml_shows_every_value_of_a_channel(repository_root: Path) -> None:
     text = (repository_root / "config/chunk_executor.yaml").read_text(encoding="utf-8")
     shown = set(re.findall(r"^    #     (\w+):", text, re.MULTILINE))
     assert shown == set(CHANNEL_PARAMETERS)
+
+
+@pytest.mark.parametrize(
+    ("file", "cameras", "positions", "velocities"),
+    [("so101", 2, 6, 0), ("unitree_g1", 1, 26, 0), ("mobile_two_arm", 4, 16, 2)],
+)
+def test_example_is_complete_for_both_nodes(
+    repository_root: Path, file: str, cameras: int, positions: int, velocities: int
+) -> None:
+    path = repository_root / "config" / f"{file}.yaml"
+    context = Context()
+    rclpy.init(args=["--ros-args", "--params-file", str(path)], context=context)
+    options: dict[str, Any] = {
+        "context": context,
+        "namespace": "some/robot",
+        "automatically_declare_parameters_from_overrides": True,
+    }
+    executor, policy = Node("chunk_executor", **options), Node("policy_node", **options)
+    try:
+        declared = ExecutorParameterSet(executor, lambda: False, lambda names: None)
+        settings, _ = declared.settings()
+        assert declared.strangers() == []
+        count = {"position": 0, "velocity": 0}
+        for channel in settings.channels:
+            count[channel.interface] += len(channel.joints)
+            limits = channel.limits
+            for of in (limits.lower, limits.upper, limits.velocity, limits.acceleration):
+                assert np.isfinite(of).all(), channel.name
+        assert count == {"position": positions, "velocity": velocities}
+
+        keys = policy.get_parameters_by_prefix("cameras")
+        names = {key.split(".")[0] for key in keys}
+        assert len(names) == cameras
+        robot = RobotDescription(
+            tuple(CameraSpec(name, 48, 64) for name in sorted(names)), {}, {}, 0.05
+        )
+        known = Parameters(policy, lambda: False, lambda names: None)
+        known.declare_robot(robot)
+        assert known.strangers() == []
+    finally:
+        executor.destroy_node()
+        policy.destroy_node()
+        rclpy.shutdown(context=context)
 
 
 def test_commands_are_written_as_their_controllers_take_them() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import pytest
 
@@ -91,6 +92,37 @@ def test_age_and_skew_are_allowed_up_to_their_limits() -> None:
     assert hold.reason == SKEWED
     assert "/front" in hold.message
     assert "/joint_states" in hold.message
+
+
+def test_a_stream_is_judged_by_its_own_age_and_named_with_its_own_parameter() -> None:
+    strict = replace(WRIST, max_age_s=0.05, limits="cameras.wrist")
+    patient = replace(JOINTS, max_age_s=2.0, max_skew_s=2.0, limits="joint_state")
+    target = ObservationBuffer([FRONT, strict, patient])
+    fill(target, NOW - 60 * MS, NOW - 50 * MS, NOW - 1_500 * MS)
+    taken(assemble(target))
+    hold = held(assemble(target, NOW + MS))
+    assert hold.reason == STALE
+    assert "/wrist" in hold.message
+    assert "cameras.wrist.max_age_s = 0.05" in hold.message
+    # Its age is also how far its stamp may lie ahead.
+    fill(target, NOW, NOW + 60 * MS, NOW)
+    assert held(assemble(target)).reason == AHEAD
+
+
+def test_a_slow_stream_is_allowed_without_loosening_the_others() -> None:
+    slow = replace(JOINTS, max_skew_s=0.4, limits="joint_state")
+    tight = replace(WRIST, max_skew_s=0.02, limits="cameras.wrist")
+    target = ObservationBuffer([FRONT, tight, slow])
+    fill(target, NOW, NOW - 20 * MS, NOW - 400 * MS)
+    taken(assemble(target))
+    for front, wrist, joints, words in (
+        (NOW, NOW, NOW - 401 * MS, "joint_state.max_skew_s = 0.4"),
+        (NOW, NOW - 21 * MS, NOW, "cameras.wrist.max_skew_s = 0.02"),
+    ):
+        fill(target, front, wrist, joints)
+        hold = held(assemble(target))
+        assert hold.reason == SKEWED
+        assert words in hold.message
 
 
 def test_stamps_of_the_future_are_not_fresh() -> None:

@@ -110,6 +110,8 @@ def test_given_values_arrive(make_node: MakeNode) -> None:
         ("inference_rate_hz", float("nan")),
         ("max_observation_age_s", -1.0),
         ("max_observation_skew_s", "soon"),
+        ("joint_state__max_age_s", -0.1),
+        ("max_frozen_s", 1),
         ("seed", -1),
         ("seed", 2**32),
         ("threads", 1000),
@@ -145,11 +147,13 @@ def test_robot_comes_from_the_bundle_where_nothing_is_given(make_node: MakeNode)
 def test_robot_is_overridden_column_by_column(make_node: MakeNode) -> None:
     node = make_node(
         cameras__front__transport="compressed",
+        cameras__front__max_age_s=0.2,
         state_joints__arm__names=["a", "b"],
         state_joints__arm__signs=[1.0, -1.0],
     )
     robot = parameters(node).declare_robot(ROBOT)
     assert robot.cameras[0].transport == "compressed"
+    assert [camera.max_age_s for camera in robot.cameras] == [0.2, 0.0]
     assert robot.cameras[0].topic == "cameras/front/image_raw/compressed"
     assert robot.state_joints["arm"] == (
         JointSpec("a", "degrees", 1.0, 90.0),
