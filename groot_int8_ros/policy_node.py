@@ -18,7 +18,8 @@ chunk can be computed again from a recording. Its fields:
     seed           of the noise
     instruction    as it was given
     streams        stream name -> {topic, stamp_ns} of the message used
-    timings_s      stage -> wall time: read, preprocess, backbone, action_head, postprocess, total
+    timings_s      stage -> wall time: wait, read, preprocess, backbone, action_head, postprocess,
+                   total; `wait` is from the arrival of the newest message to the start of `read`
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from groot_int8_ros.ros.joints import TrajectoryWriter
 from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
 from groot_int8_ros.ros.observation_buffer import Snapshot
 from groot_int8_ros.ros.observations import ObservationStreams
-from groot_int8_ros.ros.parameters import Parameters
+from groot_int8_ros.ros.parameters import NodeParameters, Parameters
 
 # An inference that takes longer than this is reported as hung; it is still never published.
 STOP_TIMEOUT_S = 10.0
@@ -97,7 +98,7 @@ class PolicyNode(ManagedNode):
         parameters = self._node_parameters.current
         folder = parameters.bundle_path
         self.get_logger().info(f"loading bundle {folder} with {parameters.engine}")
-        policy = Policy.load(folder, engine=parameters.engine, threads=parameters.threads or None)
+        policy = self._load_policy(parameters)
         self._policy = policy
         if isinstance(policy.graphs, ReferenceGraphs):
             self.get_logger().warning(policy.graphs.describe_cost())
@@ -124,6 +125,11 @@ class PolicyNode(ManagedNode):
         for fault in self._streams.unusable_frames():
             self.get_logger().error(fault)
         self._configured = True
+
+    def _load_policy(self, parameters: NodeParameters) -> Policy:
+        return Policy.load(
+            parameters.bundle_path, engine=parameters.engine, threads=parameters.threads or None
+        )
 
     def _activate(self) -> None:
         if self._worker is not None and self._worker.stop(0.0):

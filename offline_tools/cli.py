@@ -88,6 +88,18 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.replay.command",
         "execute recorded motions with a policy's latency: dead time, seams and jerk",
     ),
+    "benchmark": (
+        "offline_tools.benchmark.command",
+        "time bundles side by side on the same inputs, and measure their memory",
+    ),
+    "benchmark-node": (
+        "offline_tools.benchmark.node_command",
+        "measure what the node costs beside the engines, from a camera's message on",
+    ),
+    "benchmark-torch": (
+        "offline_tools.benchmark.torch_command",
+        "time reference and deployed graphs in PyTorch with CUDA graphs, on a GPU",
+    ),
     "episode-to-bag": (
         "offline_tools.bags.episode_to_bag",
         "turn a LeRobot v2.1 episode into a rosbag2",

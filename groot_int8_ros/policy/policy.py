@@ -95,6 +95,7 @@ class Policy:
         threads: int | None = None,
         verify_hashes: bool = True,
         denoising_steps: int | None = None,
+        int8_kernels: bool = False,
     ) -> Policy:
         """Verify a bundle and load it.
 
@@ -104,6 +105,7 @@ class Policy:
             threads: CPU threads inside an operator; the engine's choice if None.
             verify_hashes: See `open_bundle`.
             denoising_steps: Euler steps, at least 1; those of the bundle if None.
+            int8_kernels: See `load_engine`.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another schema.
@@ -123,6 +125,7 @@ class Policy:
                     opened.graph_path(name),
                     threads=threads,
                     verify_hashes=verify_hashes,
+                    int8_kernels=int8_kernels,
                 )
                 opened.check_engine(name, engines[name])
             return cls(opened, engines)

@@ -222,11 +222,14 @@ class InferenceWorker:
             self._log(hold)
 
     def _infer_and_publish(self, snapshot: Snapshot, instruction: str, seed: int) -> Hold | None:
+        newest_s = max(sample.arrival_s for sample in snapshot.samples.values())
+        wait_s = time.monotonic() - newest_s
         started_s = time.perf_counter()
         observation = self._host.read(snapshot, instruction)
         read_s = time.perf_counter() - started_s
         chunk = self._policy.infer(observation, seed=seed)
-        chunk = dataclasses.replace(chunk, timings_s={"read": read_s, **chunk.timings_s})
+        timings_s = {"wait": wait_s, "read": read_s, **chunk.timings_s}
+        chunk = dataclasses.replace(chunk, timings_s=timings_s)
         with self._gate:
             if self._stopping.is_set():
                 return None

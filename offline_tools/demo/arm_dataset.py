@@ -6,6 +6,7 @@ of an SO-101 in degrees; the cameras show the arm's own pose, so image and joint
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,8 @@ JOINTS = {
     "gripper": ("gripper",),
 }
 CAMERAS = {"front": (480, 640), "wrist": (480, 640)}
+# Cameras of a larger robot are further views of the same arm, in this order.
+CAMERA_ORDER = ("front", "wrist", "front_mirrored", "wrist_mirrored")
 FPS = 30.0
 INSTRUCTION = "Put the red cube into the green bowl."
 
@@ -31,7 +34,14 @@ _LINK_PIXELS = (150, 120, 70)
 _LAG_FRAMES = 3
 
 
-def write_arm_dataset(folder: Path, *, episodes: int, frames: int, seed: int) -> None:
+def write_arm_dataset(
+    folder: Path,
+    *,
+    episodes: int,
+    frames: int,
+    seed: int,
+    cameras: Mapping[str, tuple[int, int]] = CAMERAS,
+) -> None:
     """Write generated episodes as a LeRobot v2.1 dataset.
 
     Args:
@@ -39,6 +49,7 @@ def write_arm_dataset(folder: Path, *, episodes: int, frames: int, seed: int) ->
         episodes: Number of episodes.
         frames: Frames of each.
         seed: Seed of motion and scene.
+        cameras: Some of `CAMERA_ORDER` with height and width of their frames in pixels.
 
     Raises:
         ConfigurationError: No episode or no frame is asked for.
@@ -51,16 +62,21 @@ def write_arm_dataset(folder: Path, *, episodes: int, frames: int, seed: int) ->
         )
     write_dataset(
         folder,
-        (_episode(np.random.RandomState([seed, index]), frames) for index in range(episodes)),
+        (
+            _episode(np.random.RandomState([seed, index]), frames, cameras)
+            for index in range(episodes)
+        ),
         fps=FPS,
         state_joints=JOINTS,
         action_joints=JOINTS,
-        cameras=CAMERAS,
+        cameras=cameras,
         robot_type="generated_arm",
     )
 
 
-def _episode(random: np.random.RandomState, frames: int) -> NewEpisode:
+def _episode(
+    random: np.random.RandomState, frames: int, cameras: Mapping[str, tuple[int, int]]
+) -> NewEpisode:
     target = _motion(random, frames + _LAG_FRAMES)
     state = target[:frames] + random.normal(0.0, 0.05, (frames, len(_LOW)))
     command = target[_LAG_FRAMES:]
@@ -68,10 +84,7 @@ def _episode(random: np.random.RandomState, frames: int) -> NewEpisode:
     return NewEpisode(
         state=_by_key(state),
         action=_by_key(command),
-        frames={
-            "front": (_front(pose, cube) for pose in state),
-            "wrist": (_wrist(pose, cube) for pose in state),
-        },
+        frames={key: _views(key, size, state, cube) for key, size in cameras.items()},
         instructions=INSTRUCTION,
     )
 
@@ -98,6 +111,19 @@ def _background(colour: tuple[int, int, int]) -> UInt8Array:
     height, width = CAMERAS["front"]
     shade = np.linspace(0.6, 1.0, height)[:, None, None]
     return np.broadcast_to(shade * np.array(colour), (height, width, 3)).astype(np.uint8).copy()
+
+
+def _views(
+    key: str, size: tuple[int, int], states: Float64Array, cube: Float64Array
+) -> Iterator[UInt8Array]:
+    draw = _front if key.startswith("front") else _wrist
+    for pose in states:
+        image = draw(pose, cube)
+        if key.endswith("mirrored"):
+            image = image[:, ::-1]
+        if image.shape[:2] != size:
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA).astype(np.uint8)
+        yield np.ascontiguousarray(image)
 
 
 def _front(pose: Float64Array, cube: Float64Array) -> UInt8Array:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
 from offline_tools.arguments import positive_int, seed
-from offline_tools.demo.arm_dataset import write_arm_dataset
+from offline_tools.demo.arm_dataset import CAMERA_ORDER, write_arm_dataset
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -23,12 +23,43 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=150,
         help="frames of an episode at 30 Hz (default: 150)",
     )
+    parser.add_argument(
+        "--cameras",
+        type=int,
+        choices=range(1, len(CAMERA_ORDER) + 1),
+        default=2,
+        help="views of the arm (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--camera-size",
+        type=camera_size,
+        default=(480, 640),
+        metavar="WIDTHxHEIGHT",
+        help="of every camera's frames in pixels, both even (default: 640x480)",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+
+
+def camera_size(text: str) -> tuple[int, int]:
+    """Return height and width; video codecs take even numbers alone."""
+    width, found, height = text.partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 640x480, not {text!r}")
+    size = int(height), int(width)
+    if any(not 64 <= side <= 4096 or side % 2 for side in size):
+        raise argparse.ArgumentTypeError(f"expected even numbers from 64 to 4096, not {text!r}")
+    return size
 
 
 def run(args: argparse.Namespace) -> int:
     """Generate the dataset."""
     refuse_occupied(args.output)
-    write_arm_dataset(args.output, episodes=args.episodes, frames=args.frames, seed=args.seed)
+    write_arm_dataset(
+        args.output,
+        episodes=args.episodes,
+        frames=args.frames,
+        seed=args.seed,
+        cameras=dict.fromkeys(CAMERA_ORDER[: args.cameras], args.camera_size),
+    )
     print(f"{args.output}: {args.episodes} episode(s) of {args.frames} frames")
     return 0

@@ -13,7 +13,12 @@ __all__ = ["ENGINE_KINDS", "Engine", "TensorSpec", "Tensors", "load_engine"]
 
 
 def load_engine(
-    kind: str, graph: Path, *, threads: int | None = None, verify_hashes: bool = True
+    kind: str,
+    graph: Path,
+    *,
+    threads: int | None = None,
+    verify_hashes: bool = True,
+    int8_kernels: bool = False,
 ) -> Engine:
     """Load one graph of a bundle.
 
@@ -23,6 +28,8 @@ def load_engine(
         threads: CPU threads inside an operator of ONNX Runtime; its choice if None.
         verify_hashes: Compare the hash of a TensorRT engine before it is loaded. The graph itself
             is checked by `open_bundle`.
+        int8_kernels: Let ONNX Runtime use its int8 kernels; see `session_options`. TensorRT
+            always does.
 
     Raises:
         EngineError: The kind is unknown, its library is missing, or the graph does not load.
@@ -35,4 +42,4 @@ def load_engine(
         return TensorRTEngine(graph, verify_hash=verify_hashes)
     from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-    return OnnxRuntimeEngine(graph, threads=threads)
+    return OnnxRuntimeEngine(graph, threads=threads, int8_kernels=int8_kernels)

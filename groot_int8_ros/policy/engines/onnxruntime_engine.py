@@ -28,7 +28,10 @@ _DTYPES = {
 
 
 def session_options(
-    *, threads: int | None = None, keep_graph_as_written: bool = False
+    *,
+    threads: int | None = None,
+    keep_graph_as_written: bool = False,
+    int8_kernels: bool = False,
 ) -> ort.SessionOptions:
     """Return options under which a graph's result does not depend on the CPU.
 
@@ -38,6 +41,8 @@ def session_options(
             packed, which would copy weights; weights stay in the mapped file and are cast or
             dequantised one at a time, just before they are used. A true-size backbone in half
             precision peaks at 2.7 GB this way, below the size of its file.
+        int8_kernels: Fuse Q/DQ nodes into int8 products, for timing them. The result then does
+            depend on the CPU: without VNNI or AMX their sums saturate.
     """
     options = ort.SessionOptions()
     # The runtime's own log goes to stderr line by line; what matters reaches the user as an
@@ -45,7 +50,7 @@ def session_options(
     options.log_severity_level = 3
     # Fused int8 kernels saturate on CPUs without VNNI, so the result would depend on the CPU. A
     # yardstick computes what the Q/DQ nodes say, everywhere.
-    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    options.add_session_config_entry("session.disable_quant_qdq", "0" if int8_kernels else "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     if keep_graph_as_written:
@@ -62,7 +67,12 @@ class OnnxRuntimeEngine:
     """One ONNX graph in one ONNX Runtime session."""
 
     def __init__(
-        self, path: Path, *, threads: int | None = None, keep_graph_as_written: bool = False
+        self,
+        path: Path,
+        *,
+        threads: int | None = None,
+        keep_graph_as_written: bool = False,
+        int8_kernels: bool = False,
     ) -> None:
         """Load a graph.
 
@@ -70,11 +80,16 @@ class OnnxRuntimeEngine:
             path: The `.onnx` file; its external data lie beside it.
             threads: Threads used inside an operator; ONNX Runtime's choice if None.
             keep_graph_as_written: See `session_options`.
+            int8_kernels: See `session_options`.
 
         Raises:
             EngineError: ONNX Runtime cannot load the file.
         """
-        options = session_options(threads=threads, keep_graph_as_written=keep_graph_as_written)
+        options = session_options(
+            threads=threads,
+            keep_graph_as_written=keep_graph_as_written,
+            int8_kernels=int8_kernels,
+        )
         try:
             self._session: ort.InferenceSession | None = ort.InferenceSession(
                 str(path), options, providers=["CPUExecutionProvider"]

@@ -99,3 +99,26 @@ def test_empty_dataset_is_refused(tmp_path: Path, episodes: int, frames: int) ->
     with pytest.raises(ConfigurationError, match="at least one episode of at least one frame"):
         write_arm_dataset(tmp_path / "dataset", episodes=episodes, frames=frames, seed=0)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_cameras_of_another_size_show_the_arm_from_other_sides(tmp_path: Path) -> None:
+    folder = tmp_path / "dataset"
+    size = ["--cameras", "4", "--camera-size", "320x288"]
+    assert main(["make-dataset", "--output", str(folder), "--frames", "4", *size]) == 0
+    dataset = LeRobotDataset.open(folder)
+    assert {(c.height, c.width) for c in dataset.cameras.values()} == {(288, 320)}
+    episode = dataset.episode(0)
+    frames = {key: next(iter(episode.frames(key))) for key in dataset.cameras}
+    assert len(frames) == 4
+    means = [frame.astype(float).mean(axis=2) for frame in frames.values()]
+    differ = [(np.abs(means[a] - means[b]) > 20).mean() for a in range(4) for b in range(a)]
+    assert min(differ) > 0.002
+
+
+@pytest.mark.parametrize("size", ["640", "641x480", "0x0", "axb"])
+def test_a_camera_size_that_no_codec_takes_is_a_usage_error(
+    size: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["make-dataset", "--output", str(tmp_path / "d"), "--camera-size", size])
+    assert "expected" in capsys.readouterr().err

@@ -1,0 +1,1 @@
+"""Latency and memory of bundles side by side, in one run on one machine."""

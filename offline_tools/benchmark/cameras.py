@@ -1,0 +1,64 @@
+"""A robot's sensors as a process of their own: cameras and joint states at a steady pace.
+
+Owns: publishing for the node's benchmark. Must not import torch or an engine. All streams of a
+tick carry one stamp, as hardware-triggered cameras do; the frames are made once, so that this
+process has little to do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import rclpy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image, JointState
+
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.ros.joints import time_message
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Publish until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--rate-hz", type=float, required=True)
+    parser.add_argument("--seconds", type=float, required=True)
+    args = parser.parse_args(argv)
+    robot = open_bundle(args.bundle, verify_hashes=False).manifest.robot
+    rclpy.init()
+    node = rclpy.create_node("benchmark_cameras")
+    qos = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
+    random = np.random.RandomState(0)
+    images = []
+    for camera in robot.cameras:
+        message = Image(
+            height=camera.height, width=camera.width, encoding="rgb8", step=3 * camera.width
+        )
+        pixels = random.randint(0, 256, camera.height * camera.width * 3, dtype=np.uint8)
+        message.data.frombytes(pixels.tobytes())
+        topic = f"cameras/{camera.key}/image_raw"
+        images.append((node.create_publisher(Image, topic, qos), message))
+    names = [joint.name for joints in robot.state_joints.values() for joint in joints]
+    joint_state = JointState(name=names, position=[0.1] * len(names))
+    joints = node.create_publisher(JointState, "joint_states", qos)
+    start = due = time.monotonic()
+    while due < start + args.seconds:
+        time.sleep(max(0.0, due - time.monotonic()))
+        stamp = time_message(node.get_clock().now().nanoseconds)
+        joint_state.header.stamp = stamp
+        joints.publish(joint_state)
+        for publisher, message in images:
+            message.header.stamp = stamp
+            publisher.publish(message)
+        due += 1.0 / args.rate_hz
+    node.destroy_node()
+    rclpy.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""`groot-int8 benchmark-torch`: what the rewritten graphs buy, in PyTorch on a GPU.
+
+Owns: the subcommand. Both families have the public model's sizes and random weights, run the same
+library's kernels and are captured as CUDA graphs. The image chain is part of the deployed graphs
+and not of the reference ones, which want it done on the CPU before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from groot_int8_ros.policy.files import atomic_file
+from groot_int8_ros.policy.preprocess import image_sizes
+from groot_int8_ros.policy.processor import ImageChain
+from groot_int8_ros.policy.token_layout import TokenLayout
+from groot_int8_ros.policy.types import CameraSpec
+from offline_tools.arguments import not_negative_int, positive_int
+from offline_tools.benchmark import torch_runs
+from offline_tools.demo.make_dataset import camera_size
+from offline_tools.demo.random_checkpoint import SIZES
+from offline_tools.export.deployed_backbone import backbone_spec
+from offline_tools.export.deployed_stages import REFERENCE, StageGraph, head_stages
+from offline_tools.export.graph import GraphInput
+from offline_tools.export.graphs import PRECISIONS, reference_graphs
+from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.deployed.backbone import DEPLOYED_BACKBONE, BackboneCase
+
+# The evaluation chain of the public checkpoints.
+_CHAIN = ImageChain(shortest_image_edge=256, crop_fraction=0.95)
+# Tokens of the prompt between two images, and behind the last one.
+_BETWEEN_IMAGES = 7
+_BEHIND_IMAGES = 3
+_TEXT_TOKEN = 0
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One line of the table.
+
+    Attributes:
+        cameras: Number of cameras.
+        steps: Denoising steps.
+        horizon: Action tokens.
+    """
+
+    cameras: int
+    steps: int
+    horizon: int
+
+
+@dataclass(frozen=True)
+class Line:
+    """What was measured of one family in one setting; times in milliseconds.
+
+    Attributes:
+        setting: Cameras, steps, horizon.
+        family: `reference` or `deployed`.
+        backbone_ms: Median of the backbone.
+        head_ms: Median of everything behind it, all denoising steps.
+        total_ms: Median of the sum.
+        total_p99_ms: 99th percentile of the sum.
+        floor_ms: Below which this GPU cannot be: each weight read once, all products done.
+        flops: Of one observation.
+    """
+
+    setting: Setting
+    family: str
+    backbone_ms: float
+    head_ms: float
+    total_ms: float
+    total_p99_ms: float
+    floor_ms: float
+    flops: int
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    add = parser.add_argument
+    add("--size", choices=list(SIZES), default="full", help="of the model (default: %(default)s)")
+    add("--cameras", type=positive_int, nargs="+", default=[4], help="default: 4")
+    add("--steps", type=int, choices=(1, 2, 4), nargs="+", default=[4], help="default: 4")
+    add("--horizon", type=positive_int, default=16, help="action tokens (default: %(default)s)")
+    add(
+        "--camera-size",
+        type=camera_size,
+        default=(480, 640),
+        metavar="WIDTHxHEIGHT",
+        help="of every camera's frames (default: 640x480)",
+    )
+    add("--prefix-tokens", type=positive_int, default=32, help="default: %(default)s")
+    add("--precision", choices=list(PRECISIONS), default="fp16", help="default: %(default)s")
+    add("--compile", action="store_true", help="fuse both families with torch.compile first")
+    add("--rounds", type=positive_int, default=100, help="counted replays (default: %(default)s)")
+    add("--warmup", type=not_negative_int, default=20, help="before them (default: %(default)s)")
+    add("--output", type=Path, help="write the figures to this JSON file too")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure and print the table."""
+    device = torch_runs.require_gpu()
+    ceilings = torch_runs.measure_ceilings(device)
+    print(
+        f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}: "
+        f"{ceilings.bytes_per_s / 1e12:.2f} TB/s of a copy, "
+        f"{ceilings.flops_per_s / 1e12:.0f} TFLOP/s of a product, measured\n"
+    )
+    print("| cameras | steps | horizon | graphs | backbone | head | total, p99 | floor | ratio |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    lines: list[Line] = []
+    for cameras in args.cameras:
+        for steps in args.steps:
+            setting = Setting(cameras, steps, args.horizon)
+            pair = _measure(args, setting, device, ceilings)
+            lines += pair
+            for line in pair:
+                _print(line, pair[0])
+    if args.output is not None:
+        with atomic_file(args.output) as temporary:
+            content = {
+                "device": torch.cuda.get_device_name(device),
+                "settings": vars(args),
+                "lines": [asdict(line) for line in lines],
+            }
+            temporary.write_text(json.dumps(content, indent=1, default=str), encoding="utf-8")
+    return 0
+
+
+def _measure(
+    args: argparse.Namespace,
+    setting: Setting,
+    device: torch.device,
+    ceilings: torch_runs.Ceilings,
+) -> list[Line]:
+    graphs = graphs_of(args.size, setting, args.camera_size, args.prefix_tokens, args.precision)
+    parts = {
+        name: torch_runs.capture(own, device, compiled=args.compile)
+        for name, own in graphs.items()
+    }
+    times = torch_runs.time_interleaved(parts, rounds=args.rounds, warmup=args.warmup)
+    return [_line(setting, family, parts, times, ceilings) for family in ("reference", "deployed")]
+
+
+def graphs_of(
+    model: str, setting: Setting, size: tuple[int, int], prefix_tokens: int, precision: str
+) -> dict[str, tuple[StageGraph, ...]]:
+    """Return backbone and head of both families, by names such as `deployed head`.
+
+    Args:
+        model: Key of `SIZES`.
+        setting: Cameras, steps, horizon.
+        size: Height and width of the cameras' frames in pixels.
+        prefix_tokens: Room for the instruction's prefix.
+        precision: `fp32` or `fp16`.
+    """
+    config = replace(SIZES[model], action_horizon=setting.horizon)
+    cameras = tuple(CameraSpec(f"camera{n}", *size) for n in range(setting.cameras))
+    layout = made_layout(config, setting.cameras, size, prefix_tokens)
+    case = BackboneCase(config, cameras, _CHAIN, layout)
+    deployed = backbone_spec(case, DEPLOYED_BACKBONE, PRECISIONS[precision])
+    heads = head_stages(config, layout, setting.steps, precision)
+    return {
+        "reference backbone": (
+            _reference_backbone(config, layout, len(cameras), size, precision),
+        ),
+        "reference head": heads[REFERENCE],
+        "deployed backbone": (StageGraph("backbone", deployed, 1),),
+        "deployed head": list(heads.values())[-1],
+    }
+
+
+def _reference_backbone(
+    config: ModelConfig, layout: TokenLayout, cameras: int, size: tuple[int, int], precision: str
+) -> StageGraph:
+    spec = reference_graphs(
+        config,
+        _no_weights,
+        embodiment_id=0,
+        image_shape=image_sizes(*size, _CHAIN).network,
+        precision=precision,
+    )["backbone"].spec
+    sequence = layout.prefix_length + layout.live_length
+    lengths = {"batch": 1, "images": cameras, "sequence": sequence}
+    inputs = {
+        name: GraphInput(tuple(lengths.get(str(axis), axis) for axis in value.shape), value.dtype)
+        for name, value in spec.inputs.items()
+    }
+    return StageGraph("backbone", replace(spec, inputs=inputs), 1)
+
+
+def _no_weights(key: str) -> torch.Tensor:
+    raise RuntimeError(f"weights are made up here, and {key} was asked for")
+
+
+def made_layout(
+    config: ModelConfig, cameras: int, size: tuple[int, int], prefix_tokens: int
+) -> TokenLayout:
+    """Return the layout of a prompt for so many cameras of one size, its text made up."""
+    image = [config.language.image_token_id] * image_sizes(*size, _CHAIN).tokens
+    live = image + ([_TEXT_TOKEN] * _BETWEEN_IMAGES + image) * (cameras - 1)
+    live += [_TEXT_TOKEN] * _BEHIND_IMAGES
+    return TokenLayout(prefix_tokens, tuple(live), config.language.image_token_id)
+
+
+def _line(
+    setting: Setting,
+    family: str,
+    parts: dict[str, torch_runs.Captured],
+    times: dict[str, list[float]],
+    ceilings: torch_runs.Ceilings,
+) -> Line:
+    own = [f"{family} {name}" for name in ("backbone", "head")]
+    backbone, head = (np.array(times[name]) for name in own)
+    flops = sum(parts[name].flops for name in own)
+    floor_s = sum(ceilings.floor_s(parts[name].weight_bytes, parts[name].flops) for name in own)
+    return Line(
+        setting=setting,
+        family=family,
+        backbone_ms=float(np.median(backbone)),
+        head_ms=float(np.median(head)),
+        total_ms=float(np.median(backbone + head)),
+        total_p99_ms=float(np.percentile(backbone + head, 99)),
+        floor_ms=1e3 * floor_s,
+        flops=flops,
+    )
+
+
+def _print(line: Line, first: Line) -> None:
+    one = line.setting
+    print(
+        f"| {one.cameras} | {one.steps} | {one.horizon} | {line.family} | {line.backbone_ms:.2f} "
+        f"| {line.head_ms:.2f} | {line.total_ms:.2f}, {line.total_p99_ms:.2f} | "
+        f"{line.floor_ms:.2f} | {first.total_ms / line.total_ms:.2f} |",
+        flush=True,
+    )

@@ -1,0 +1,117 @@
+"""Hazards of a benchmark: other work on each side, warm-up counted in, inputs that change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.types import ActionChunk, Float32Array, Observation
+from offline_tools.benchmark import runs
+from offline_tools.benchmark.fixture import (
+    generate_inputs,
+    read_inputs,
+    refuse_other_robot,
+    write_inputs,
+)
+from offline_tools.benchmark.memory import process_memory
+from offline_tools.cli import main
+
+
+def test_frozen_inputs_read_back_to_the_bit_and_follow_their_seed(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    made = generate_inputs(bundle, "do it", 2, seed=3)
+    write_inputs(tmp_path / "inputs.npz", made)
+    read = read_inputs(tmp_path / "inputs.npz")
+    for one, other in zip(made.observations, read.observations, strict=True):
+        assert (one.instruction, one.stamp_ns) == (other.instruction, other.stamp_ns)
+        for key, image in one.images.items():
+            assert np.array_equal(image, other.images[key])
+            assert len(np.unique(image)) > 100
+    assert all(map(np.array_equal, made.noise, read.noise))
+    other_seed = generate_inputs(bundle, "do it", 1, seed=4).observations[0].images
+    assert not np.array_equal(other_seed["front"], made.observations[0].images["front"])
+
+
+def test_inputs_of_another_robot_are_refused_by_what_differs(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = open_bundle(tiny_bundle)
+    inputs = generate_inputs(bundle, "do it", 1, seed=0)
+    del inputs.observations[0].images["wrist"]  # type: ignore[attr-defined]
+    with pytest.raises(ConfigurationError, match="camera wrist differ"):
+        refuse_other_robot(inputs, bundle)
+    (tmp_path / "no.npz").write_bytes(b"PK\x03\x04 nothing")
+    with pytest.raises(ConfigurationError, match="--write-inputs"):
+        read_inputs(tmp_path / "no.npz")
+
+
+def _contender(log: list[str], name: str, seconds: Callable[[int], float]) -> runs.Answer:
+    def answer(observation: Observation, noise: Float32Array) -> ActionChunk:
+        log.append(f"{name}{observation.stamp_ns}")
+        took = seconds(len([entry for entry in log if entry.startswith(name)]))
+        return ActionChunk(
+            actions={},
+            stamp_ns=0,
+            time_from_start_s=np.zeros(1),
+            action_pred=noise * 2,
+            seed=None,
+            timings_s=dict.fromkeys(runs.STAGES, took),
+        )
+
+    return answer
+
+
+def test_contenders_take_turns_on_the_same_inputs_and_warm_up_is_apart(tiny_bundle: Path) -> None:
+    inputs = generate_inputs(open_bundle(tiny_bundle), "do it", 2, seed=0)
+    log: list[str] = []
+    # Both slow down alike as the rounds go on, as a machine does that gets hot.
+    slow = _contender(log, "a", lambda call: 9.0 if call <= 2 else 0.4 * call)
+    fast = _contender(log, "b", lambda call: 9.0 if call <= 2 else 0.1 * call)
+    times = runs.run_interleaved([slow, fast], inputs, rounds=4, warmup=2)
+    # The order rotates, so neither always runs behind the other; both see the same inputs.
+    assert log == ["a0", "b0", "b1", "a1", "a0", "b0", "b1", "a1", "a0", "b0", "b1", "a1"]
+    assert times[0].warmup_s.tolist() == [9.0, 9.0]
+    figure = runs.figure(times[1], times[0], "total")
+    assert figure.ratio == pytest.approx(4.0)
+    assert (figure.ratio_low, figure.ratio_high) == pytest.approx((4.0, 4.0))
+    assert figure.median_ms == pytest.approx(450.0)
+    assert runs.relative_l2(times[1].answers, times[0].answers) == 0.0
+
+
+def test_memory_of_the_process_is_read_in_bytes() -> None:
+    assert 10e6 < process_memory("VmRSS") <= process_memory("VmHWM") < 1e12
+
+
+@pytest.mark.slow
+def test_both_families_are_timed_in_one_run_with_their_actions_compared(
+    tiny_bundle: Path,
+    deployed_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = tmp_path / "report"
+    command = ["benchmark", "--bundle", str(tiny_bundle), str(deployed_bundle)]
+    command += ["--rounds", "3", "--warmup", "1", "--output", str(output)]
+    assert main(command) == 0
+    content = json.loads((output / "benchmark.json").read_text())
+    reference, deployed = content["contenders"]
+    assert reference["description"].startswith("reference graphs")
+    assert deployed["description"].startswith("deployed graphs")
+    assert 0 < deployed["relative_l2"] < 1e-4
+    bundle = open_bundle(deployed_bundle)
+    # The prefix model is in the bundle too, and no engine runs it.
+    sizes = {name: size for name, (_, size) in bundle.manifest.files.items() if "onnx/" in name}
+    run = [size for name, size in sizes.items() if not name.startswith("onnx/prefix")]
+    assert deployed["weight_bytes"] == sum(run) < sum(sizes.values())
+    assert 0 < deployed["memory"]["runtime_bytes"] < deployed["memory"]["loaded_bytes"]
+    assert deployed["figures"]["total"]["ratio"] > 0
+    assert (output / "benchmark.png").stat().st_size > 5000
+    assert "| ratio (5 to 95 % of the rounds) |" in capsys.readouterr().out
