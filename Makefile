@@ -24,12 +24,13 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 DRAWS := MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -c \
     'import mujoco; mujoco.GLContext(16, 16).free()' >/dev/null 2>&1
 
-.PHONY: help setup test demo format lock clean
+.PHONY: help setup test faults demo format lock clean
 
 help:
 	@echo "make demo    the whole road on generated data (options: DEMO_ARGS)"
 	@echo "make test    format, lint, types and tests (options of pytest: PYTEST_ARGS)"
 	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
+	@echo "make faults  the long form of the fault matrix: 50 signals at random moments"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make lock    choose the newest versions anew and write requirements.lock"
 	@echo "make clean   remove .venv and what builds and tests left behind"
@@ -78,6 +79,9 @@ test: setup
 	@echo "test: lint" && $(BIN)/ruff check --quiet .
 	@echo "test: types" && $(BIN)/mypy
 	@echo "test: pytest" && $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+faults: setup
+	@GROOT_FAULT_ROUNDS=50 $(BIN)/python -m pytest test/faults $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/groot-int8 demo $(DEMO_ARGS)

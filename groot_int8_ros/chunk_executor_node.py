@@ -18,9 +18,10 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -31,6 +32,7 @@ from trajectory_msgs.msg import JointTrajectory
 from groot_int8_ros.control.chunks import Refusal
 from groot_int8_ros.control.command import Command
 from groot_int8_ros.control.executor import Executor
+from groot_int8_ros.control.settings import Channel
 from groot_int8_ros.ros.diagnostics import status_array
 from groot_int8_ros.ros.executor_diagnostics import (
     channel_statuses,
@@ -101,13 +103,8 @@ class ChunkExecutorNode(ManagedNode):
             writer = CommandWriter(channel.joints, self._outputs[channel.name])
             publisher = self._publisher(writer.message_type, self._outputs[channel.name].topic)
             self._writers[channel.name] = (writer, publisher)
-            if (
-                channel.interface == "position"
-                and (channel.limits.acceleration == float("inf")).any()
-            ):
-                self.get_logger().warning(
-                    f"channel '{channel.name}' has no acceleration limit: a hold stops it at once"
-                )
+            for warning in _cautions(channel, self._outputs[channel.name]):
+                self.get_logger().warning(f"channel '{channel.name}': {warning}")
         if settings.seam.kind == "rtc":
             self._commitments = self._publisher(JointTrajectory, parameters.committed_topic)
         reliability = {
@@ -187,7 +184,7 @@ class ChunkExecutorNode(ManagedNode):
         before, command = self._command, executor.step(now_ns, steady_ns)
         for channel in command.channels:
             writer, publisher = self._writers[channel.name]
-            publisher.publish(writer.write(channel.values))
+            publisher.publish(writer.write(channel.values, now_ns))
         self._command = command
         if before is not None and before.mode != command.mode:
             self._tell(command)
@@ -210,7 +207,11 @@ class ChunkExecutorNode(ManagedNode):
         end_s = time.monotonic() + _DELIVERY_S
         for _, publisher in self._writers.values():
             left_s = max(0.0, end_s - time.monotonic())
-            publisher.wait_for_all_acked(Duration(nanoseconds=round(left_s * 1e9)))
+            try:
+                publisher.wait_for_all_acked(Duration(nanoseconds=round(left_s * 1e9)))
+            except Exception as error:
+                # Not every middleware can tell, and the robot is at rest by now.
+                self.get_logger().warning(f"whether the last hold arrived is not known: {error}")
 
     def _on_joint_state(self, message: JointState) -> None:
         assert self._control is not None
@@ -283,6 +284,21 @@ class ChunkExecutorNode(ManagedNode):
             )
         node_name = self.get_fully_qualified_name().lstrip("/")
         return status_array(node_name, self._now_ns(), statuses)
+
+
+def _cautions(channel: Channel, output: OutputParameters) -> Iterator[str]:
+    """Yield what a channel's configuration makes dangerous, though it may be meant."""
+    if not np.isfinite(channel.limits.acceleration).all():
+        yield "joints without an acceleration limit are stopped at once by a hold"
+    if channel.interface == "position" and not (
+        np.isfinite(channel.limits.lower).all() and np.isfinite(channel.limits.upper).all()
+    ):
+        yield "joints without position limits may be commanded anywhere"
+    if channel.interface == "velocity" and output.kind == "float64_multi_array":
+        yield (
+            "a group controller keeps its last velocity for ever when this process is killed; "
+            "let the hardware time out, or use a controller that does"
+        )
 
 
 def _served(

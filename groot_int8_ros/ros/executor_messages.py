@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration
-from geometry_msgs.msg import Twist
+from geometry_msgs.msg import Twist, TwistStamped
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
@@ -72,7 +72,7 @@ class CommandWriter:
     `joint_trajectory` is a single point for a joint_trajectory_controller, without a stamp, so
     that it begins when it arrives and never lies in the past; positions only, so that the
     controller stays at them when nothing follows. `float64_multi_array` is for the forward and
-    group controllers of ros2_control, `twist` for a base.
+    group controllers of ros2_control, `twist` and `twist_stamped` for a base.
 
     Args:
         joints: Names of the channel's joints.
@@ -91,11 +91,17 @@ class CommandWriter:
             "joint_trajectory": JointTrajectory,
             "float64_multi_array": Float64MultiArray,
             "twist": Twist,
+            "twist_stamped": TwistStamped,
         }
         return kinds[self._output.kind]
 
-    def write(self, values: Float64Array) -> Any:
-        """Return the message for a command, float64, shape (J,)."""
+    def write(self, values: Float64Array, now_ns: int) -> Any:
+        """Return the message for a command.
+
+        Args:
+            values: float64, shape (J,).
+            now_ns: ROS time, for messages with a stamp.
+        """
         if self._output.kind == "joint_trajectory":
             point = JointTrajectoryPoint(positions=values.tolist(), time_from_start=self._after)
             return JointTrajectory(joint_names=self._joints, points=[point])
@@ -105,7 +111,11 @@ class CommandWriter:
         for axis, value in zip(self._output.axes, values.tolist(), strict=True):
             part, _, field = axis.partition(".")
             setattr(getattr(twist, part), field, value)
-        return twist
+        if self._output.kind == "twist":
+            return twist
+        stamped = TwistStamped(twist=twist)
+        stamped.header.stamp = time_message(now_ns)
+        return stamped
 
 
 def _duration(nanoseconds: int) -> Duration:

@@ -38,7 +38,7 @@ from groot_int8_ros.control.urdf import urdf_limits
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.ros.parameters import Declaration, ParameterSet
 
-Output = Literal["joint_trajectory", "float64_multi_array", "twist"]
+Output = Literal["joint_trajectory", "float64_multi_array", "twist", "twist_stamped"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 TWIST_AXES = ("linear.x", "linear.y", "linear.z", "angular.x", "angular.y", "angular.z")
 
@@ -389,14 +389,15 @@ class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
                 f"parameter '{prefix}.output' must be one of {', '.join(OUTPUTS)}, not {kind!r}"
             )
         self.check_topic(f"{prefix}.topic", topic)
-        wanted = {"joint_trajectory": "position", "twist": "velocity"}.get(kind)
+        is_twist = kind in ("twist", "twist_stamped")
+        wanted = "velocity" if is_twist else {"joint_trajectory": "position"}.get(kind)
         if wanted and channel.interface != wanted:
             raise ConfigurationError(
                 f"parameter '{prefix}.output' is {kind}, which commands a {wanted}, but "
                 f"'{prefix}.interface' is {channel.interface}"
             )
         axes = tuple(axis for axis in values["axes"] if axis)
-        if kind == "twist" and (
+        if is_twist and (
             len(axes) != len(channel.joints)
             or len(set(axes)) != len(axes)
             or not set(axes) <= set(TWIST_AXES)

@@ -25,7 +25,7 @@ from packaging.version import Version
 _NOT_SOURCES = shutil.ignore_patterns(
     ".*", "__pycache__", "*.egg-info", "build", "dist", "install", "log", "demo_output"
 )
-_COMMANDS = {"groot-int8", "policy_node", "calibration_recorder_node"}
+_COMMANDS = {"groot-int8", "policy_node", "calibration_recorder_node", "chunk_executor_node"}
 _LOCKED_PYTHONS = ["3.10", "3.11", "3.12"]
 
 

@@ -186,7 +186,7 @@ def test_example_is_complete_for_both_nodes(
 def test_commands_are_written_as_their_controllers_take_them() -> None:
     def written(kind: Any, axes: tuple[str, ...] = ()) -> Any:
         output = OutputParameters(kind, "/topic", axes, 0.25)
-        return CommandWriter(("a", "b"), output).write(np.array([1.5, -2.0]))
+        return CommandWriter(("a", "b"), output).write(np.array([1.5, -2.0]), 7_000_000_009)
 
     trajectory = written("joint_trajectory")
     assert trajectory.joint_names == ["a", "b"]
@@ -196,6 +196,9 @@ def test_commands_are_written_as_their_controllers_take_them() -> None:
     assert list(written("float64_multi_array").data) == [1.5, -2.0]
     twist = written("twist", ("linear.y", "angular.z"))
     assert (twist.linear.x, twist.linear.y, twist.angular.z) == (0.0, 1.5, -2.0)
+    stamped = written("twist_stamped", ("linear.y", "angular.z"))
+    assert stamped.twist == twist
+    assert (stamped.header.stamp.sec, stamped.header.stamp.nanosec) == (7, 9)
 
 
 def test_a_commitment_survives_its_message() -> None:

@@ -1,0 +1,71 @@
+"""The executor's commitment as the policy takes it: real-time chunking's way back.
+
+Owns: `CommittedReader`. Must not import rclpy or an engine. The executor publishes what it will
+execute (`control.commitment`, in the units of `JointState`); the policy wants the rows of its
+coming chunk, key by key, in its own units.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from groot_int8_ros.policy.robot import joint_to_policy
+from groot_int8_ros.policy.types import CommittedActions, Float64Array, JointSpec
+from groot_int8_ros.ros.executor_messages import commitment_of
+
+_NANOSECONDS = 1_000_000_000
+
+
+class CommittedReader:
+    """Lays published commitments onto the rows of a chunk to come.
+
+    Args:
+        action_joints: Action key to its joints, in the order of the key's dimensions.
+        time_from_start_s: When each row of a chunk is due after its observation, float64, shape
+            (H,): `ActionChunk.time_from_start_s`.
+    """
+
+    def __init__(
+        self, action_joints: Mapping[str, Sequence[JointSpec]], time_from_start_s: Float64Array
+    ) -> None:
+        self._joints = {key: tuple(joints) for key, joints in action_joints.items()}
+        self._after_ns = np.round(time_from_start_s * _NANOSECONDS).astype(np.int64)
+
+    def read(self, message: Any, observation_ns: int) -> CommittedActions | None:
+        """Return the committed rows of the chunk for an observation.
+
+        Args:
+            message: The newest `trajectory_msgs/JointTrajectory` from the executor's
+                `~/committed`.
+            observation_ns: The observation's stamp.
+
+        Returns:
+            The rows, at least one and never all of them; None where the commitment has none for
+            this observation or lacks a joint: the chunk is computed freely then.
+        """
+        commitment = commitment_of(message)
+        if commitment is None:
+            return None
+        place = {name: index for index, name in enumerate(commitment.joint_names)}
+        if any(joint.name not in place for joints in self._joints.values() for joint in joints):
+            return None
+        targets, mask = commitment.on_rows(observation_ns + self._after_ns)
+        rows = np.flatnonzero(mask)
+        # A chunk of nothing but committed rows would leave the policy nothing to say.
+        if not rows.size or rows.size == mask.size:
+            return None
+        return CommittedActions(
+            rows=rows.tolist(),
+            actions={
+                key: np.stack(
+                    [
+                        joint_to_policy(joints, row[[place[joint.name] for joint in joints]])
+                        for row in targets[rows]
+                    ]
+                ).astype(np.float32)
+                for key, joints in self._joints.items()
+            },
+        )
