@@ -3,8 +3,8 @@
 Owns: the decoder layers with separate or fused projections, and the constant tables that a fixed
 layout of tokens gives. Must not import the rest of the package but the model.
 
-Batches have one observation. Norms, rotary embedding and softmax are float32 whatever the type of
-the graph, as in the reference graphs (the residual stream reaches 1e4). Query heads that share a
+Batches have one observation. Norms and rotary embedding are float32 whatever the type of the graph
+(the residual stream reaches 1e4, its square overflows half precision). Query heads that share a
 key head are laid end to end, (1, kv heads, group * tokens, head width), so that no key is copied
 and an attention is the plain product, mask, softmax, product that every engine knows.
 """
@@ -160,7 +160,7 @@ class Attention(nn.Module):
             else (torch.cat([old, new], dim=2) for old, new in zip(before, own, strict=True))
         )
         scores = torch.matmul(query, keys.transpose(2, 3)) + bias
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values.dtype)
+        weights = torch.softmax(scores, dim=-1)
         mixed = torch.matmul(weights, values)
         mixed = mixed.reshape(config.heads, -1, config.head_dim).transpose(0, 1)
         projected: Tensor = self.o_proj(mixed.reshape(1, -1, config.heads * config.head_dim))

@@ -40,7 +40,7 @@ class FusedVisionAttention(nn.Module):
         joined = joined.reshape(images, patches, 3, self.heads, self.head_dim)
         query, key, value = (part.flatten(0, 1) for part in joined.permute(2, 0, 3, 1, 4).split(1))
         scores = torch.matmul(query, key.transpose(2, 3))
-        weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(value.dtype)
+        weights = torch.softmax(scores, dim=-1)
         mixed = torch.matmul(weights, value).transpose(1, 2)
         projected: Tensor = self.out_proj(mixed.reshape(images, patches, -1))
         return projected, None
