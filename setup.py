@@ -123,7 +123,10 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=[f"{PACKAGE}*", "offline_tools*"]),
-    package_data={PACKAGE: ["py.typed"]},
+    package_data={
+        PACKAGE: ["py.typed"],
+        "offline_tools.cost": ["published_latencies.csv"],
+    },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),

@@ -80,6 +80,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.compare_quantization.command",
         "measure quantisation schemes against each other, on models with and without outliers",
     ),
+    "cost": (
+        "offline_tools.cost.command",
+        "count what an observation costs, and predict its time on a device",
+    ),
     "open-loop": (
         "offline_tools.evaluate.open_loop_command",
         "evaluate recorded trajectories: predicted against recorded, float against INT8",

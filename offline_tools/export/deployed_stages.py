@@ -7,15 +7,15 @@ often an observation runs each. Must not count or time anything itself.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from groot_int8_ros.policy.token_layout import TokenLayout
 from offline_tools.export.deployed_graphs import fixed_spec, head_spec
-from offline_tools.export.graph import GraphSpec
-from offline_tools.export.graphs import PRECISIONS
+from offline_tools.export.graph import GraphInput, GraphSpec
+from offline_tools.export.graphs import PRECISIONS, reference_graphs
 from offline_tools.model.action_head import ActionDecoder, ActionEncoder, ActionHead, Conditioner
 from offline_tools.model.configuration import ModelConfig
 from offline_tools.model.deployed.head import unrolled_stages
@@ -81,6 +81,44 @@ def head_stages(
         spec = head_spec(config, layout, steps, parts, dtype)
         stages[name] = (StageGraph("action_head", spec, 1),)
     return stages
+
+
+def backbone_stages(
+    config: ModelConfig,
+    layout: TokenLayout,
+    cameras: int,
+    image_shape: tuple[int, int],
+    precision: str,
+) -> dict[str, tuple[StageGraph, ...]]:
+    """Return the backbone before and after each transformation, in their order.
+
+    Args:
+        config: Sizes of the model.
+        layout: Where the prompt's tokens stand.
+        cameras: Number of frames.
+        image_shape: Height and width of the network's images in pixels.
+        precision: `fp32` or `fp16`.
+
+    Returns:
+        Graphs by the name of the transformation that led to them; the first is `REFERENCE`.
+    """
+    spec = reference_graphs(
+        config, _no_weights, embodiment_id=0, image_shape=image_shape, precision=precision
+    )["backbone"].spec
+    lengths = {
+        "batch": 1,
+        "images": cameras,
+        "sequence": layout.prefix_length + layout.live_length,
+    }
+    inputs = {
+        name: GraphInput(tuple(lengths.get(str(axis), axis) for axis in value.shape), value.dtype)
+        for name, value in spec.inputs.items()
+    }
+    return {REFERENCE: (StageGraph("backbone", replace(spec, inputs=inputs), 1),)}
+
+
+def _no_weights(key: str) -> Tensor:
+    raise RuntimeError(f"a stage is counted without weights, and {key} was asked for")
 
 
 def _separate_graphs(

@@ -87,7 +87,22 @@ def weight_bytes(spec: GraphSpec) -> int:
 def build_empty(spec: GraphSpec) -> nn.Module:
     """Return a graph's module with its parameters on the meta device: types without memory."""
     with torch.device("meta"):
-        return _with_default_dtype(spec.build, spec.dtype).eval()
+        return build_module(spec).eval()
+
+
+def build_module(spec: GraphSpec) -> nn.Module:
+    """Build a graph's module with parameters of the graph's type, whose values do not exist yet.
+
+    Call it under `FakeTensorMode` or on the meta device.
+    """
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(spec.dtype)
+    try:
+        # The values don't exist yet; transformers would try to draw them.
+        with no_init_weights():
+            return spec.build()
+    finally:
+        torch.set_default_dtype(previous)
 
 
 def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
@@ -104,7 +119,7 @@ def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
         ExportError: The module needs an operator that `OPSET` lacks.
     """
     with _quiet_exporter(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
-        module = _with_default_dtype(spec.build, spec.dtype).eval()
+        module = build_module(spec).eval()
         program = torch.onnx.export(
             module,
             tuple(_example(value) for value in spec.inputs.values()),
@@ -302,17 +317,6 @@ def _halved(stored: ir.TensorProtocol, name: str, shape: Sequence[int]) -> ir.La
     return ir.LazyTensor(
         read, dtype=ir.DataType.FLOAT16, shape=ir.Shape(shape), name=name, cache=False
     )
-
-
-def _with_default_dtype(build: Callable[[], nn.Module], dtype: torch.dtype) -> nn.Module:
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        # The values don't exist yet; transformers would try to draw them.
-        with no_init_weights():
-            return build()
-    finally:
-        torch.set_default_dtype(previous)
 
 
 def _example(value: GraphInput) -> torch.Tensor:

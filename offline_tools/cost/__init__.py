@@ -1,0 +1,1 @@
+"""What an observation costs: counted from the graphs, predicted for a device."""

@@ -1,0 +1,160 @@
+"""What the published measurements say about work that nobody has timed.
+
+Owns: the fitted model of every runtime, its errors on points it did not see, and predictions with
+their intervals. Must not import torch.
+
+Two things make an interval. The spread of the fit: the errors on engines whose whole device was
+left out. And what INT8 really brings: at best, its products run at the INT8 fraction of the peak
+and its weights move half the bytes; of the time that this would save, the published pairs of a
+float and an INT8 engine saved only a part. The interval reaches from the best case to the least
+that a pair saved; the middle takes the pairs' mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from offline_tools.cost.devices import Device, find_device
+from offline_tools.cost.published import (
+    EAGER,
+    RELEASED,
+    TENSORRT,
+    Row,
+    int8_pairs,
+    points_of,
+    read_rows,
+    row_work,
+)
+from offline_tools.cost.reference_work import reference_backbone, reference_head
+from offline_tools.cost.roofline import (
+    Efficiency,
+    Fit,
+    LeftOut,
+    Point,
+    factor,
+    seconds,
+    spread,
+)
+from offline_tools.cost.work import GraphWork, Launch, as_int8, observation
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A predicted time in seconds.
+
+    Attributes:
+        middle_s: The value to expect.
+        low_s: Lower end of the interval.
+        high_s: Upper end of the interval.
+        best_s: Without the spread of the fit, and with all of what INT8 could bring.
+    """
+
+    middle_s: float
+    low_s: float
+    high_s: float
+    best_s: float
+
+
+class PublishedModel:
+    """The roofline of TensorRT engines, and the other runtimes beside it.
+
+    Attributes:
+        efficiency: Fitted to the published TensorRT engines.
+        spread: Factor within which 90 % of unseen devices should lie.
+        savings: Of the time that INT8 could save, what each published pair saved.
+    """
+
+    def __init__(self, rows: Sequence[Row] | None = None) -> None:
+        self.rows = list(rows) if rows is not None else read_rows()
+        self.points = points_of(self.rows)
+        fit = Fit(self.points[TENSORRT])
+        self.efficiency = fit.efficiency
+        self._engines = fit.left_out()
+        self.spread = spread(self._engines)
+        self.savings = {
+            f"{quantised.label}, cameras: {quantised.text('images')}": self._saving(
+                exact, quantised
+            )
+            for exact, quantised in int8_pairs(self.rows)
+        }
+
+    def left_out(self) -> dict[str, list[LeftOut]]:
+        """Return every N1.6 point, by runtime, with predictions that did not see it."""
+        results = {TENSORRT: self._engines}
+        for runtime, points in self.points.items():
+            if runtime != TENSORRT:
+                results[runtime] = [self._other(runtime, point) for point in points]
+        return results
+
+    def predict(self, graphs: Sequence[GraphWork], device: Device) -> Prediction:
+        """Predict one observation's time in TensorRT engines."""
+        launches = observation(graphs)
+        best = seconds(launches, device, self.efficiency)
+        without = seconds(_as_half(launches), device, self.efficiency)
+        saved = [share * (without - best) for share in self.savings.values()] or [0.0]
+        middle = without - sum(saved) / len(saved)
+        return Prediction(middle, best / self.spread, (without - min(saved)) * self.spread, best)
+
+    def _other(self, runtime: str, point: Point) -> LeftOut:
+        others = [other for other in self.points[runtime] if other is not point]
+        elsewhere = [other for other in others if other.group != point.group]
+        return LeftOut(
+            point,
+            self._of_runtime(runtime, others, point),
+            self._of_runtime(runtime, elsewhere, point) if elsewhere else None,
+        )
+
+    def _of_runtime(self, runtime: str, known: Sequence[Point], point: Point) -> float:
+        """Predict a point of another runtime from other points of that runtime."""
+
+        def engine(other: Point) -> float:
+            return seconds(other.launches, other.device, self.efficiency)
+
+        if runtime == EAGER:
+            # Its time is that of its launches on the host, whatever the device.
+            each = [max(p.seconds - engine(p), 0.0) / len(p.launches) for p in known]
+            return engine(point) + len(point.launches) * sum(each) / len(each)
+        return engine(point) * factor(known, engine)
+
+    def _saving(self, exact: Row, quantised: Row) -> float:
+        """Return the share of the possible saving that a published pair reached."""
+        device = find_device(quantised.text("device_key"), quantised.text("mode"))
+        graphs = _work_or_stand_in(quantised)
+        without = seconds(observation(graphs), device, self.efficiency)
+        best = seconds(observation([as_int8(g) for g in graphs]), device, self.efficiency)
+        before, after = exact.number("total_ms"), quantised.number("total_ms")
+        assert before is not None
+        assert after is not None
+        return (1 - after / before) / (1 - best / without)
+
+
+def efficiency_text(efficiency: Efficiency) -> str:
+    """Return the fitted numbers in words."""
+    return (
+        f"{efficiency.arithmetic:.0%} of the dense arithmetic peak, "
+        f"{efficiency.bandwidth:.0%} of the bandwidth, "
+        f"{efficiency.launch_s * 1e6:.1f} us a launch"
+    )
+
+
+def _work_or_stand_in(row: Row) -> tuple[GraphWork, ...]:
+    """Return a row's work; N1.6's for as many cameras where the network is another."""
+    if row.text("tokens"):
+        backbone, head = row_work(row)
+        return backbone, *head
+    images = int(row.number("images") or 1)
+    tokens = 33 + 81 * images
+    return (
+        reference_backbone(RELEASED, images, (252, 252), tokens),
+        *reference_head(RELEASED, tokens, 16, 4),
+    )
+
+
+def _as_half(launches: Sequence[Launch]) -> list[Launch]:
+    return [
+        replace(launch, is_int8=False, weight_bytes=2 * launch.weight_bytes)
+        if launch.is_int8
+        else launch
+        for launch in launches
+    ]

@@ -1,0 +1,139 @@
+"""The tables of `groot-int8 cost`, as text and as JSON.
+
+Owns: what is printed. Must not import torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from offline_tools.cost.devices import Device
+from offline_tools.cost.prediction import PublishedModel, efficiency_text
+from offline_tools.cost.roofline import LeftOut
+from offline_tools.cost.work import GraphWork, Sums, by_kind, observation, total
+
+_HEADER = (
+    f"{'GFLOP':>10}{'INT8':>7}{'stored MB':>11}{'weights MB':>12}{'activ. MB':>11}{'launches':>10}"
+)
+
+
+def _numbers(sums: Sums, stored_bytes: int | None) -> str:
+    stored = "" if stored_bytes is None else f"{stored_bytes / 1e6:.1f}"
+    return (
+        f"{sums.flops / 1e9:>10.2f}{sums.int8_share:>7.0%}{stored:>11}"
+        f"{sums.weight_bytes / 1e6:>12.1f}{sums.activation_bytes / 1e6:>11.1f}{sums.launches:>10}"
+    )
+
+
+def graph_table(graphs: Sequence[GraphWork]) -> Iterator[str]:
+    """Yield what each graph costs an observation, and each kind of layer in it."""
+    yield f"{'for one observation':32}{_HEADER}"
+    for graph in graphs:
+        launches = observation([graph])
+        title = f"{graph.name}, runs: {graph.runs}"
+        yield f"{title:32}{_numbers(total(launches), graph.stored_bytes)}"
+        for kind, sums in by_kind(launches).items():
+            yield f"  {kind:30}{_numbers(sums, None)}"
+    yield f"{'total':32}{_numbers(total(observation(graphs)), stored(graphs))}"
+
+
+def stored(graphs: Sequence[GraphWork]) -> int:
+    """Return the bytes of all constants of some graphs."""
+    return sum(graph.stored_bytes for graph in graphs)
+
+
+def prediction_table(
+    model: PublishedModel,
+    columns: Mapping[str, Sequence[GraphWork]],
+    devices: Sequence[Device],
+) -> Iterator[str]:
+    """Yield the predicted milliseconds of each device, with their intervals."""
+    yield "predicted TensorRT engines, ms for one observation: expected (low to high) [at best]"
+    yield f"{'':44}" + "".join(f"{name:>34}" for name in columns)
+    for device in devices:
+        cells = []
+        for graphs in columns.values():
+            p = model.predict(graphs, device)
+            low, middle, high = (1e3 * s for s in (p.low_s, p.middle_s, p.high_s))
+            cells.append(f"{middle:.0f} ({low:.0f} to {high:.0f}) [{1e3 * p.best_s:.0f}]")
+        yield f"  {device.name:42}" + "".join(f"{cell:>34}" for cell in cells)
+
+
+def model_text(model: PublishedModel) -> Iterator[str]:
+    """Yield what was fitted, and what it is worth."""
+    yield f"fitted to published TensorRT engines: {efficiency_text(model.efficiency)}"
+    yield f"90 % of unseen devices within a factor of {model.spread:.2f}, by the errors below"
+    yield "of what INT8 could save at best, published pairs of engines saved:"
+    for name, share in model.savings.items():
+        yield f"  {share:4.0%}  {name}"
+    yield ""
+    yield f"{'published, ms':72}{'was':>7}{'left out':>16}{'device left out':>18}"
+    for runtime, results in model.left_out().items():
+        yield f"{runtime}:"
+        for result in results:
+            yield f"  {result.point.label:70}{_errors(result)}"
+    unpredicted = [row for row in model.rows if not row.text("backbone_runtime")]
+    yield "not predicted (INT8 and INT4 plug-ins; N1.7 is another network):"
+    for row in unpredicted:
+        label = f"{row.label}, {row.text('precision')}"
+        yield f"  {label:70}{row.text('total_ms'):>7}"
+
+
+def _errors(result: LeftOut) -> str:
+    was = result.point.seconds
+
+    def cell(predicted: float | None) -> str:
+        if predicted is None:
+            return "-"
+        return f"{1e3 * predicted:.1f} ({predicted / was - 1:+.0%})"
+
+    return f"{1e3 * was:>7.1f}{cell(result.alone_s):>16}{cell(result.device_s):>18}"
+
+
+def sums_json(graphs: Sequence[GraphWork]) -> dict[str, Any]:
+    """Return the numbers of some graphs."""
+    sums = total(observation(graphs))
+    return {
+        "flops": sums.flops,
+        "int8_flops": sums.int8_flops,
+        "stored_bytes": stored(graphs),
+        "weight_bytes_read": sums.weight_bytes,
+        "activation_bytes": sums.activation_bytes,
+        "launches": sums.launches,
+    }
+
+
+def graphs_json(graphs: Sequence[GraphWork]) -> dict[str, Any]:
+    """Return the numbers of each graph and each kind of layer."""
+    return {
+        graph.name: {
+            "runs": graph.runs,
+            **sums_json([graph]),
+            "kinds": {
+                kind: {
+                    "flops": sums.flops,
+                    "int8_flops": sums.int8_flops,
+                    "launches": sums.launches,
+                }
+                for kind, sums in by_kind(observation([graph])).items()
+            },
+        }
+        for graph in graphs
+    }
+
+
+def predictions_json(
+    model: PublishedModel, graphs: Sequence[GraphWork], devices: Sequence[Device]
+) -> dict[str, dict[str, float]]:
+    """Return the predictions in milliseconds, by device."""
+    results = {}
+    for device in devices:
+        p = model.predict(graphs, device)
+        results[device.name] = {
+            "expected_ms": 1e3 * p.middle_s,
+            "low_ms": 1e3 * p.low_s,
+            "high_ms": 1e3 * p.high_s,
+            "at_best_ms": 1e3 * p.best_s,
+        }
+    return results

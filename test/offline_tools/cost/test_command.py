@@ -1,0 +1,79 @@
+"""Hazards of the subcommand: torch on a robot, a table with a line missing."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offline_tools.cli import main
+from offline_tools.model.deployed.transformations import HEAD
+
+
+def test_bundle_is_counted_without_torch(
+    tiny_bundle: Path, repository_root: Path, tmp_path: Path
+) -> None:
+    report = tmp_path / "cost.json"
+    words = ["cost", "--bundle", str(tiny_bundle), "--device", "orin-nx-16gb:25W"]
+    code = (
+        "import sys; sys.modules.update(torch=None, transformers=None); "
+        "from offline_tools.cli import main; "
+        f"sys.exit(main({[*words, '--output', str(report)]!r}))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=repository_root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "reference graphs, 2 denoising steps" in done.stdout
+    assert "Orin NX 16 GB, 25W" in done.stdout
+    assert "Thor (T5000)" not in done.stdout
+    content = json.loads(report.read_text())
+    runs = {name: graph["runs"] for name, graph in content["graphs"].items()}
+    assert runs == {
+        "backbone": 1,
+        "conditioner": 1,
+        "action_encoder": 2,
+        "dit": 2,
+        "action_decoder": 2,
+    }
+    predicted = content["predicted"]["Orin NX 16 GB, 25W"]
+    assert 0 < predicted["low_ms"] < predicted["expected_ms"] < predicted["high_ms"]
+
+
+def test_every_transformation_has_its_line(
+    minimal_checkpoint: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    report = tmp_path / "cost.json"
+    words = ["cost", "--checkpoint", str(minimal_checkpoint), "--output", str(report)]
+    assert main([*words, "--cameras", "2", "--image-size", "252x336"]) == 0
+    names = list(json.loads(report.read_text())["transformations"])
+    assert names[0] == "reference"
+    assert names[-len(HEAD) :] == list(HEAD)
+    output = capsys.readouterr().out
+    starts = [line.split()[0] for line in output.splitlines() if line]
+    assert [word for word in starts if word in names] == names
+    # Every published N1.6 point is shown with its error.
+    assert output.count("N1.6 H100") == 5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--size", "full", "--text-tokens", "20"], "give --text-tokens 25 or more"),
+        (["--size", "full", "--image-size", "250x280"], "do not divide into tokens of 28 pixels"),
+        (["--size", "full", "--device", "xavier"], "no device 'xavier'"),
+    ],
+)
+def test_what_cannot_be_counted_is_refused_with_the_option_to_change(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cost", *words]) == 2
+    assert message in capsys.readouterr().err

@@ -1,0 +1,131 @@
+"""Hazards of a prediction: a fit that finds nothing, a trial that has seen the answer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from groot_int8_ros.errors import ConfigurationError
+from offline_tools.cost.devices import DEVICES, Device, find_device
+from offline_tools.cost.prediction import PublishedModel
+from offline_tools.cost.published import GGML, TENSORRT, int8_pairs, points_of, read_rows
+from offline_tools.cost.roofline import Efficiency, Fit, Point, factor, seconds, spread
+from offline_tools.cost.work import GraphWork, Launch, as_int8
+
+PLANTED = Efficiency(arithmetic=0.45, bandwidth=0.7, launch_s=5e-6)
+
+# Much arithmetic on few bytes, the other way round, and many small kernels.
+WORK = {
+    "arithmetic": (Launch("a", 10**11, 10**6, 0, "w"),) * 20,
+    "memory": (Launch("b", 10**7, 10**8, 10**6, "w"),) * 20,
+    "launches": (Launch("c", 1000, 1000, 0),) * 2000,
+    "mixture": (
+        *(Launch("a", 3 * 10**10, 10**7, 0, "w"),) * 10,
+        *(Launch("c", 10**5, 10**6, 0),) * 300,
+    ),
+}
+
+
+def _planted(name: str, device: Device) -> Point:
+    launches = WORK[name]
+    return Point(name, device, launches, seconds(launches, device, PLANTED), device.name)
+
+
+@pytest.fixture(scope="module")
+def planted() -> list[Point]:
+    devices = [find_device(name) for name in ("orin-nx-16gb", "agx-orin", "h100")]
+    return [_planted(name, device) for device in devices for name in WORK]
+
+
+def test_time_is_the_longer_of_arithmetic_and_memory_and_a_launch() -> None:
+    device = Device("made up", fp16_flops=1e12, int8_ops=2e12, bytes_per_s=1e11)
+    half = Efficiency(0.5, 0.5, 1e-6)
+    arithmetic, memory = Launch("a", 10**9, 10**6, 0), Launch("b", 10**6, 10**8, 10**8)
+    assert seconds([arithmetic], device, half) == pytest.approx(2e-3 + 1e-6)
+    assert seconds([memory], device, half) == pytest.approx(4e-3 + 1e-6)
+    assert seconds([arithmetic, memory], device, half) == pytest.approx(6e-3 + 2e-6)
+    int8 = replace(arithmetic, is_int8=True)
+    assert seconds([int8], device, half) == pytest.approx(1e-3 + 1e-6)
+
+
+def test_fit_recovers_planted_efficiencies(planted: list[Point]) -> None:
+    found = Fit(planted).efficiency
+    # A step of the grid is 4 to 12 %.
+    assert found.arithmetic == pytest.approx(PLANTED.arithmetic, rel=0.06)
+    assert found.bandwidth == pytest.approx(PLANTED.bandwidth, rel=0.06)
+    assert found.launch_s == pytest.approx(PLANTED.launch_s, rel=0.12)
+
+
+def test_point_that_is_left_out_is_not_seen(planted: list[Point]) -> None:
+    truth = planted[0].seconds
+    # A measurement that is wrong by so much that a fit which saw it would follow it.
+    points = [replace(planted[0], seconds=20 * truth), *planted[1:]]
+    fit = Fit(points)
+    results = fit.left_out()
+    assert results[0].alone_s == pytest.approx(truth, rel=0.1)
+    assert results[0].device_s == pytest.approx(truth, rel=0.1)
+    # The others are predicted by fits that saw it, and are worse for it.
+    others = [abs(r.alone_s / r.point.seconds - 1) for r in results[1:]]
+    assert max(others) > 0.1
+    # Without its device nothing is left of it.
+    same_device = [r for r in results[1:] if r.point.group == points[0].group]
+    for result in same_device:
+        assert result.device_s == pytest.approx(result.point.seconds, rel=0.1)
+
+
+def test_spread_grows_with_the_errors_on_unseen_devices(planted: list[Point]) -> None:
+    good = spread(Fit(planted).left_out())
+    assert 1.0 <= good < 1.1
+    noisy = [
+        replace(point, seconds=point.seconds * (1.5 if index % 2 else 0.7))
+        for index, point in enumerate(planted)
+    ]
+    assert spread(Fit(noisy).left_out()) > 1.5
+
+
+def test_factor_is_the_geometric_mean(planted: list[Point]) -> None:
+    assert factor(planted[:2], lambda p: p.seconds / (2 if p is planted[0] else 8)) == (
+        pytest.approx(4.0)
+    )
+
+
+def test_published_rows_become_the_measurements_they_are() -> None:
+    rows = read_rows()
+    points = points_of(rows)
+    engines = {point.label.rsplit(": ", 1)[1]: point for point in points[TENSORRT][:4]}
+    assert engines["backbone"].seconds == pytest.approx(0.235)
+    # 410 - 33 - 235 ms where the head's own time is not given.
+    assert engines["head, 4 steps"].seconds == pytest.approx(0.142)
+    assert len({point.group for point in points[TENSORRT]}) == 6
+    assert len(points[TENSORRT]) == 10
+    assert len(points[GGML]) == 6
+    pairs = [(a.text("total_ms"), b.text("total_ms")) for a, b in int8_pairs(rows)]
+    assert pairs == [("150", "137"), ("75.8", "56.7"), ("84.9", "64.9")]
+    # No row is dropped without a word.
+    predicted = sum(bool(row.text("backbone_runtime")) for row in rows)
+    assert predicted + sum(not row.text("backbone_runtime") for row in rows) == len(rows) == 31
+
+
+def test_interval_of_int8_reaches_from_all_to_least_of_what_it_saves() -> None:
+    model = PublishedModel()
+    assert all(0 < share < 1 for share in model.savings.values())
+    device = find_device("orin-nx-16gb")
+    graph = GraphWork("graph", 1, (Launch("DiT MLP", 10**11, 10**8, 10**6, "w"),) * 10, 0)
+    half, int8 = model.predict([graph], device), model.predict([as_int8(graph)], device)
+    assert half.middle_s == pytest.approx(half.best_s)
+    assert half.high_s / half.middle_s == pytest.approx(model.spread)
+    assert int8.low_s * model.spread == pytest.approx(int8.best_s)
+    assert int8.best_s < int8.middle_s < half.middle_s
+    assert int8.high_s / model.spread > int8.middle_s
+
+
+def test_devices_and_modes_are_found_by_name() -> None:
+    fast, slow = find_device("orin-nx-16gb"), find_device("orin-nx-16gb", "25W")
+    assert fast.fp16_flops == pytest.approx(19.2e12, rel=0.01)
+    assert slow.fp16_flops / fast.fp16_flops == pytest.approx(408 / 1173)
+    assert all(d.int8_ops > d.fp16_flops for modes in DEVICES.values() for d in modes.values())
+    with pytest.raises(ConfigurationError, match="no device 'orin'; known are orin-nx-16gb"):
+        find_device("orin")
+    with pytest.raises(ConfigurationError, match="has no mode '7W'; known are 40W"):
+        find_device("orin-nx-16gb", "7W")
