@@ -88,6 +88,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.evaluate.open_loop_command",
         "evaluate recorded trajectories: predicted against recorded, float against INT8",
     ),
+    "executor-params": (
+        "offline_tools.executor_params.command",
+        "begin the chunk executor's parameter file from a bundle",
+    ),
     "chunk-replay": (
         "offline_tools.replay.command",
         "execute recorded motions with a policy's latency: dead time, seams and jerk",

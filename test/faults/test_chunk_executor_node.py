@@ -41,9 +41,11 @@ from std_msgs.msg import Float64MultiArray
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
+from groot_int8_ros.policy.types import JointSpec
+from groot_int8_ros.ros.committed_rows import CommittedReader
 from groot_int8_ros.ros.joints import time_message
 
-from .policy_peer import LATENCY_NS, chunk
+from .policy_peer import LATENCY_NS, chunk, wave
 
 DEADLINE_S = 60.0
 DOMAIN_ID = 1 + os.getpid() % 100
@@ -261,12 +263,12 @@ class Processes:
             )
         return self.all[-1]
 
-    def executor(self, **changes: Any) -> subprocess.Popen[bytes]:
+    def executor(self, code: str = "", **changes: Any) -> subprocess.Popen[bytes]:
         number = len(self.all)
         file = self._folder / f"parameters{number}.yaml"
         file.write_text(yaml.safe_dump({"/**": {"ros__parameters": PARAMETERS | changes}}))
         self.log = self._folder / f"executor{number}.txt"
-        words = ["-m", "groot_int8_ros.chunk_executor_node"]
+        words = ["-c", code] if code else ["-m", "groot_int8_ros.chunk_executor_node"]
         return self._start([*words, "--ros-args", "--params-file", str(file)], self.log)
 
     def peer(self, fault: str, good_s: float = 0.0, *words: str) -> subprocess.Popen[bytes]:
@@ -601,6 +603,66 @@ def test_sigterm_at_a_random_moment_ends_in_a_hold(
         assert robot.hand[-1] == robot.hand[-3]
         assert robot.base[-1] == robot.base[-3] == (0.0, 0.0)
         robot.check_limits()
+    alone.end(peer)
+
+
+_BROKEN = """
+import sys
+from groot_int8_ros import chunk_executor_node as node
+convert, count = node.chunk_of, 0
+
+def chunk_of(message):
+    global count
+    count += 1
+    return convert(message) if count < 25 else 1 / 0
+
+node.chunk_of = chunk_of
+sys.exit(node.main())
+"""
+
+
+def test_a_bug_in_the_executor_ends_in_a_hold(alone: Processes, robot: Robot) -> None:
+    process, peer = alone.executor(_BROKEN), alone.peer("good")
+    robot.enable()
+    robot.until(robot.moves, "commands that move")
+    robot.until(lambda: process.poll() is not None, "the node's end")
+    robot.spin(0.3)
+    assert process.returncode == 1
+    assert "ZeroDivisionError" in alone.log.read_text()
+    assert robot.arm[-1] == robot.arm[-2] == robot.arm[-3]
+    assert robot.base[-1] == robot.base[-3] == (0.0, 0.0)
+    robot.check_limits()
+    alone.end(peer)
+
+
+def test_what_is_committed_reaches_the_policy_as_it_is_executed(
+    alone: Processes, robot: Robot
+) -> None:
+    messages: list[JointTrajectory] = []
+    subscription = robot.node.create_subscription(
+        JointTrajectory, "/chunk_executor/committed", messages.append, 10
+    )
+    process, peer = alone.executor(seam={"kind": "rtc"}), alone.peer("good")
+    robot.enable()
+    robot.until(lambda: robot.moves() and messages, "commitments")
+    observation_ns = robot.node.get_clock().now().nanoseconds - LATENCY_NS
+    reader = CommittedReader(
+        {
+            "arm": (JointSpec("shoulder"), JointSpec("elbow")),
+            "jaw": (JointSpec("jaw", "degrees"),),
+        },
+        np.linspace(0.0, 0.75, 16),
+    )
+    found = reader.read(messages[-1], observation_ns)
+    assert found is not None
+    # The latency of 60 ms lies ahead of now, and the observation as much behind it.
+    assert list(found.rows) == list(range(len(found.rows)))
+    assert 2 <= len(found.rows) <= 6
+    wanted = [wave(observation_ns * 1e-9 + 0.05 * row) for row in found.rows]
+    np.testing.assert_allclose(found.actions["arm"][:, 0], wanted, atol=0.01)
+    np.testing.assert_allclose(np.radians(found.actions["jaw"][:, 0]), wanted, atol=0.01)
+    robot.node.destroy_subscription(subscription)
+    alone.end(process)
     alone.end(peer)
 
 

@@ -239,6 +239,7 @@ def test_the_process_that_owns_commands_loads_no_policy_and_no_engine(
         "open-loop",
         "play-bag",
         "chunk-replay",
+        "executor-params",
     ],
 )
 def test_steps_that_a_robot_needs_run_where_torch_is_missing(
