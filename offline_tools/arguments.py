@@ -38,6 +38,17 @@ def not_negative_float(text: str) -> float:
     return _real(text, "a number of at least 0", allow_zero=True)
 
 
+def camera_size(text: str) -> tuple[int, int]:
+    """Return height and width; video codecs take even numbers alone."""
+    width, found, height = text.partition("x")
+    if not found or not width.isdecimal() or not height.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 640x480, not {text!r}")
+    size = int(height), int(width)
+    if any(not 64 <= side <= 4096 or side % 2 for side in size):
+        raise argparse.ArgumentTypeError(f"expected even numbers from 64 to 4096, not {text!r}")
+    return size
+
+
 def _whole(text: str, low: int, high: int | None, expected: str) -> int:
     try:
         value = int(text)

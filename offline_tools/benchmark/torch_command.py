@@ -20,9 +20,8 @@ from groot_int8_ros.policy.preprocess import image_sizes
 from groot_int8_ros.policy.processor import ImageChain
 from groot_int8_ros.policy.token_layout import TokenLayout
 from groot_int8_ros.policy.types import CameraSpec
-from offline_tools.arguments import not_negative_int, positive_int
+from offline_tools.arguments import camera_size, not_negative_int, positive_int
 from offline_tools.benchmark import torch_runs
-from offline_tools.demo.make_dataset import camera_size
 from offline_tools.demo.random_checkpoint import SIZES
 from offline_tools.export.deployed_backbone import backbone_spec
 from offline_tools.export.deployed_stages import REFERENCE, StageGraph, head_stages

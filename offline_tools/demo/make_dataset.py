@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
-from offline_tools.arguments import positive_int, seed
+from offline_tools.arguments import camera_size, positive_int, seed
 from offline_tools.demo.arm_dataset import CAMERA_ORDER, write_arm_dataset
 
 
@@ -38,17 +38,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of every camera's frames in pixels, both even (default: 640x480)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
-
-
-def camera_size(text: str) -> tuple[int, int]:
-    """Return height and width; video codecs take even numbers alone."""
-    width, found, height = text.partition("x")
-    if not found or not width.isdecimal() or not height.isdecimal():
-        raise argparse.ArgumentTypeError(f"expected WIDTHxHEIGHT such as 640x480, not {text!r}")
-    size = int(height), int(width)
-    if any(not 64 <= side <= 4096 or side % 2 for side in size):
-        raise argparse.ArgumentTypeError(f"expected even numbers from 64 to 4096, not {text!r}")
-    return size
 
 
 def run(args: argparse.Namespace) -> int:
