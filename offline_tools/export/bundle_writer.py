@@ -37,13 +37,12 @@ from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import Processor, load_processor
 from groot_int8_ros.policy.prompt_bank import PromptRecords
 from groot_int8_ros.policy.token_layout import TokenLayout
-from offline_tools.export.deployed_backbone import prefix_model
 from offline_tools.export.deployed_family import deployed_graphs
 from offline_tools.export.graph import save, trace, weight_bytes
 from offline_tools.export.graphs import ReferenceGraph, reference_graphs
 from offline_tools.export.prompts import (
     Instructions,
-    compute_prefixes,
+    checkpoint_prefixes,
     dataset_instructions,
     given_instructions,
     plan_layout,
@@ -177,11 +176,8 @@ def write_bundle(options: ExportOptions, report: Callable[[str], None]) -> Manif
         if prompts is not None:
             report(f"prefixes of {len(prompts.instructions.texts)} instructions")
             room = prompts.layout.prefix_length
-            prefixes = compute_prefixes(
-                prefix_model(config, reader.tensor, precision_of_storage="fp32"),
-                prompts.instructions.prefix_ids,
-                room,
-                checkpoint_sha256,
+            prefixes = checkpoint_prefixes(
+                config, reader.tensor, prompts.instructions.prefix_ids, room, checkpoint_sha256
             )
             bank = PromptRecords(room, write_prompts(prompts.instructions, prefixes, folder))
             _report_memory("prefixes", report)

@@ -12,8 +12,7 @@ from pathlib import Path
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.prompt_bank import PromptPrefix
-from offline_tools.export.deployed_backbone import prefix_model
-from offline_tools.export.prompts import compute_prefixes
+from offline_tools.export.prompts import checkpoint_prefixes
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import load_model_config
 from offline_tools.verify.checks import refuse_other_checkpoint
@@ -33,10 +32,10 @@ def prefix_from_checkpoint(
     prompts = bundle.manifest.prompts
     assert prompts is not None
     room, sha256 = prompts.length, bundle.manifest.checkpoint_sha256
-    graph = prefix_model(config, reader.tensor, precision_of_storage="fp32")
     graphs = DeployedGraphs(bundle, {})
 
     def compute(text: str) -> PromptPrefix:
-        return compute_prefixes(graph, [graphs.prefix_ids(text)], room, sha256)[0]
+        ids = [graphs.prefix_ids(text)]
+        return checkpoint_prefixes(config, reader.tensor, ids, room, sha256)[0]
 
     return compute

@@ -11,18 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import nn
-from transformers.initialization import no_init_weights
 
 from groot_int8_ros.errors import ConfigurationError, ExportError, ObservationError
-from groot_int8_ros.policy.families import LANGUAGE_PREFIX, TEXT_PREFIX
 from groot_int8_ros.policy.preprocess import Preprocessor
 from groot_int8_ros.policy.prompt_bank import PromptPrefix, PromptRecord
 from groot_int8_ros.policy.token_layout import TokenLayout, layout_of, split_prompt
 from groot_int8_ros.policy.types import Int64Array
 from offline_tools.dataset.lerobot import LeRobotDataset
-from offline_tools.export.graphs import ReferenceGraph
+from offline_tools.export.graph import WeightSource
+from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.deployed.prefix import compute_prefixes
 
 # The room is rounded up to a multiple of this, which is kind to kernels and to the next, slightly
 # longer instruction.
@@ -110,14 +108,18 @@ def plan_layout(
     return layout_of(ids.tolist(), preprocessor.image_token_id, room)
 
 
-@torch.no_grad()
-def compute_prefixes(
-    graph: ReferenceGraph, prefix_ids: Sequence[Int64Array], room: int, checkpoint_sha256: str
+def checkpoint_prefixes(
+    config: ModelConfig,
+    checkpoint: WeightSource,
+    prefix_ids: Sequence[Int64Array],
+    room: int,
+    checkpoint_sha256: str,
 ) -> list[PromptPrefix]:
-    """Compute prefixes with a checkpoint's weights, in PyTorch and float32.
+    """Compute prefixes with a checkpoint's weights in float32.
 
     Args:
-        graph: The prefix model in float32.
+        config: Sizes of the model.
+        checkpoint: Gives a tensor by its key in the released layout.
         prefix_ids: Token ids of each prefix.
         room: P, the graphs' room in tokens.
         checkpoint_sha256: Of the checkpoint.
@@ -125,22 +127,15 @@ def compute_prefixes(
     Raises:
         ExportError: The weights give values that are not finite.
     """
-    if not prefix_ids:
-        return []
-    module = _loaded(graph)
     found = []
-    for ids in prefix_ids:
-        first = room - ids.size
-        outputs = module(torch.from_numpy(ids)[None], torch.tensor([first]))
-        tensors = {
-            name: np.ascontiguousarray(tensor.numpy(), np.float32)
-            for name, tensor in zip((*LANGUAGE_PREFIX, *TEXT_PREFIX), outputs, strict=True)
-        }
-        if not all(np.isfinite(tensor).all() for tensor in tensors.values()):
+    for ids, prefix in zip(
+        prefix_ids, compute_prefixes(config, checkpoint, prefix_ids, room), strict=True
+    ):
+        if not all(np.isfinite(tensor).all() for tensor in vars(prefix).values()):
             raise ExportError(
                 "an instruction's prefix holds NaN or infinity: the checkpoint is damaged"
             )
-        found.append(PromptPrefix(ids, checkpoint_sha256, first, tensors))
+        found.append(PromptPrefix(ids, checkpoint_sha256, room - ids.size, vars(prefix)))
     return found
 
 
@@ -155,17 +150,3 @@ def write_prompts(
         prefix.write(path)
         records.append(PromptRecord(text, prefix.file, prefix.input_ids.size))
     return tuple(records)
-
-
-def _loaded(graph: ReferenceGraph) -> nn.Module:
-    with torch.device("meta"), no_init_weights():
-        module = graph.spec.build().eval()
-    for name, empty in (*module.named_parameters(), *module.named_buffers()):
-        owner, _, leaf = name.rpartition(".")
-        parent = module.get_submodule(owner)
-        value = graph.weights(name).to(empty.dtype)
-        if isinstance(empty, nn.Parameter):
-            setattr(parent, leaf, nn.Parameter(value, requires_grad=False))
-        else:
-            setattr(parent, leaf, value)
-    return module

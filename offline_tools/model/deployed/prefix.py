@@ -13,7 +13,7 @@ that is exact.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -132,36 +132,39 @@ class PrefixWeights:
 
 
 @torch.no_grad()
-def compute_prefix(
-    config: ModelConfig, checkpoint: Read, input_ids: Int64Array, first_position: int
-) -> Prefix:
-    """Compute a prefix from a checkpoint with one layer of it in memory at a time.
+def compute_prefixes(
+    config: ModelConfig, checkpoint: Read, prefix_ids: Sequence[Int64Array], room: int
+) -> list[Prefix]:
+    """Compute prefixes from a checkpoint with one layer of it in memory at a time.
 
     Args:
         config: Sizes of the model.
         checkpoint: Gives a tensor by its key in the released layout.
-        input_ids: Token ids of the prefix, int64 (n,).
-        first_position: Position of the first token.
+        prefix_ids: Token ids of each prefix, int64 (n,).
+        room: P, the tokens that the graphs have room for; every prefix ends there.
     """
     weights = PrefixWeights(config, checkpoint)
     with torch.device("meta"):
         model = PrefixModel(config).eval()
     fill_constants(model)
-    rotary, bias = model.positions(len(input_ids), torch.tensor([first_position]))
+    places = [model.positions(ids.size, torch.tensor([room - ids.size])) for ids in prefix_ids]
     # Rows of the stored table: the whole table in float32 would be the largest tensor by far.
-    rows = checkpoint(EMBEDDING_TABLE)[torch.from_numpy(input_ids)]
-    x = rows.to(torch.float32).unsqueeze(0)
-    stored: list[KeysValues] = []
+    table = checkpoint(EMBEDDING_TABLE)
+    tokens = [table[torch.from_numpy(ids)].to(torch.float32).unsqueeze(0) for ids in prefix_ids]
+    del table
+    stored: list[list[KeysValues]] = [[] for _ in prefix_ids]
     for number, layer in enumerate(model.layers):
         with _loaded(layer, f"layers.{number}.", weights):
-            x, own = layer(x, rotary, bias)
-        stored.append(own)
-    keys, values = (torch.cat(part) for part in zip(*stored, strict=True))
-    with _loaded(model.norm, "norm.", weights):
-        features = model.norm(x)
-    with _loaded(model.text, "text.", weights):
-        text = model.text(features)
-    return Prefix(*(np.ascontiguousarray(part.numpy()) for part in (keys, values, *text)))
+            for index, (rotary, bias) in enumerate(places):
+                tokens[index], own = layer(tokens[index], rotary, bias)
+                stored[index].append(own)
+    with _loaded(model.norm, "norm.", weights), _loaded(model.text, "text.", weights):
+        texts = [model.text(model.norm(x)) for x in tokens]
+    found = []
+    for layers, text in zip(stored, texts, strict=True):
+        keys, values = (torch.cat(part) for part in zip(*layers, strict=True))
+        found.append(Prefix(*(np.ascontiguousarray(one.numpy()) for one in (keys, values, *text))))
+    return found
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from offline_tools.model.deployed.backbone import BackboneCase, BackboneParts
 from offline_tools.model.deployed.constants import fill_constants
 from offline_tools.model.deployed.head_parts import PrefixTextKeysValues
 from offline_tools.model.deployed.head_weights import HeadWeights
-from offline_tools.model.deployed.prefix import Prefix, compute_prefix
+from offline_tools.model.deployed.prefix import Prefix, compute_prefixes
 
 IMAGE = 60
 
@@ -182,7 +182,8 @@ class Scene:
         return BackboneCase(self.config, self.cameras, self.chain, layout)
 
     def prefix(self, padding: int) -> Prefix:
-        return compute_prefix(self.config, self.checkpoint, self.prefix_ids, padding)
+        room = len(self.prefix_ids) + padding
+        return compute_prefixes(self.config, self.checkpoint, [self.prefix_ids], room)[0]
 
     def inputs(self, padding: int) -> dict[str, NDArray[np.generic]]:
         """Return everything that a backbone of any stage may take."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from offline_tools.export.deployed_backbone import prefix_model
 from offline_tools.model.deployed.backbone import DEPLOYED_BACKBONE, backbone_parts
-from offline_tools.model.deployed.prefix import OUTPUTS, compute_prefix
+from offline_tools.model.deployed.prefix import OUTPUTS, compute_prefixes
 
 if TYPE_CHECKING:
     from test.offline_tools.model.deployed.conftest import Scene
@@ -133,7 +133,8 @@ def test_a_prefix_is_computed_with_one_layer_in_memory_at_a_time(random_scene: S
         return torch.from_numpy(array)
 
     seen: list[str] = []
-    compute_prefix(random_scene.config, counting, random_scene.prefix_ids, 0)
+    prefixes = [random_scene.prefix_ids, random_scene.prefix_ids[:-1]]
+    compute_prefixes(random_scene.config, counting, prefixes, prefixes[0].size)
     one_layer = [key for key in seen if ".model.layers.1." in key]
     assert len(one_layer) == 11
     assert len(seen) > 3 * len(one_layer)
