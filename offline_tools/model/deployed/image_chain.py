@@ -169,31 +169,33 @@ def _area_resize(
     return _TwoTaps(source, target, crop)
 
 
-_ROWS, _COLUMNS = 1, 2  # axes of (N, height, width, 3)
-
-
 class _Neighbours(ConstantModule):
     """Which source pixels each target pixel reads along one axis, and what it reads there.
 
-    Pixel k of every target stands in a constant of its own, `pixel_k`, as int64 (target,).
+    Pixel k of every target stands in a constant of its own, `pixel_k`, as int64 (target,). Columns
+    are read from (N, height, width, 3) and given as (N, height, 3 width), where a factor for each
+    column is a plain row; rows are read and given in that form.
     """
 
-    def __init__(self, axis: int, pixels: Int64Array) -> None:
+    def __init__(self, pixels: Int64Array, *, of_columns: bool) -> None:
         super().__init__()
-        self._axis = axis
+        self._of_columns = of_columns
         self.count = len(pixels)
         for number, indices in enumerate(pixels):
             self.add_constant(f"pixel_{number}", indices, torch.int64)
 
     def add_factors(self, name: str, factors: NDArray[Any]) -> None:
         """Declare float32 factors by which the pixels are multiplied, shape (count, target)."""
-        shape = (-1, 1, 1) if self._axis == _ROWS else (-1, 1)
-        for number, row in enumerate(factors):
-            self.add_constant(f"{name}_{number}", row.astype(np.float32).reshape(shape))
+        for number, row in enumerate(factors.astype(np.float32)):
+            shaped = np.repeat(row, _COLOURS) if self._of_columns else row[:, None]
+            self.add_constant(f"{name}_{number}", shaped)
 
     def pixels(self, levels: Tensor, number: int) -> Tensor:
-        """Return pixel `number` of each target pixel."""
-        return levels.index_select(self._axis, getattr(self, f"pixel_{number}"))
+        """Return pixel `number` of each target pixel, shape (N, height, 3 width)."""
+        indices: Tensor = getattr(self, f"pixel_{number}")
+        if self._of_columns:
+            return levels.index_select(2, indices).flatten(2)
+        return levels.index_select(1, indices)
 
     def factor(self, name: str, number: int) -> Tensor:
         """Return the factors of pixel `number`, for broadcasting."""
@@ -206,6 +208,11 @@ class _Neighbours(ConstantModule):
         for number in range(1, self.count):
             total = total + self.pixels(levels, number) * self.factor(name, number)
         return total
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    """Return (N, height, 3 width) as (N, height, width, 3)."""
+    return rows.reshape(rows.shape[0], rows.shape[1], -1, _COLOURS)
 
 
 class _BoxAverage(nn.Module):
@@ -222,15 +229,15 @@ class _BoxAverage(nn.Module):
         self._factor = float(np.float32(1) / np.float32(area)) if whole else None
         self._two_by_two = whole and source == (2 * target[0], 2 * target[1])
         self.rows, self.columns = (
-            self._neighbours(axis, *box_overlaps(source[index], target[index]), crop[index], whole)
-            for index, axis in enumerate((_ROWS, _COLUMNS))
+            self._neighbours(*box_overlaps(source[axis], target[axis]), crop[axis], whole, axis)
+            for axis in (0, 1)
         )
 
     @staticmethod
     def _neighbours(
-        axis: int, pixels: Int64Array, weights: Float32Array, crop: slice, whole: bool
+        pixels: Int64Array, weights: Float32Array, crop: slice, whole: bool, axis: int
     ) -> _Neighbours:
-        result = _Neighbours(axis, pixels[:, crop])
+        result = _Neighbours(pixels[:, crop], of_columns=axis == 1)
         cropped = weights[:, crop]
         result.add_factors("weight", np.ones_like(cropped) if whole else cropped)
         return result
@@ -238,8 +245,8 @@ class _BoxAverage(nn.Module):
     def forward(self, levels: Tensor) -> Tensor:
         sums = self.rows.weighted_sum(self.columns.weighted_sum(levels, "weight"), "weight")
         if self._two_by_two:
-            return torch.floor((sums + 2) * 0.25)
-        return torch.round(sums if self._factor is None else sums * self._factor)
+            return _as_pixels(torch.floor((sums + 2) * 0.25))
+        return _as_pixels(torch.round(sums if self._factor is None else sums * self._factor))
 
 
 class _TwoTaps(nn.Module):
@@ -255,18 +262,18 @@ class _TwoTaps(nn.Module):
     ) -> None:
         super().__init__()
         pixels, taps = two_taps(source[0], target[0])
-        self.rows = _Neighbours(_ROWS, pixels[:, crop[0]])
+        self.rows = _Neighbours(pixels[:, crop[0]], of_columns=False)
         high, low = np.divmod(taps[:, crop[0]], 64)
         self.rows.add_factors("high", high)
         self.rows.add_factors("low", low)
         pixels, taps = two_taps(source[1], target[1])
-        self.columns = _Neighbours(_COLUMNS, pixels[:, crop[1]])
+        self.columns = _Neighbours(pixels[:, crop[1]], of_columns=True)
         self.columns.add_factors("tap", taps[:, crop[1]])
 
     def forward(self, levels: Tensor) -> Tensor:
         sums = torch.floor(self.columns.weighted_sum(levels, "tap") * 2.0**-4)
         upper, lower = (self._product(sums, number) for number in (0, 1))
-        return torch.floor((upper + lower + 2) * 0.25)
+        return _as_pixels(torch.floor((upper + lower + 2) * 0.25))
 
     def _product(self, sums: Tensor, number: int) -> Tensor:
         pixels = self.rows.pixels(sums, number)
