@@ -257,6 +257,19 @@ def fp16_bundle(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def fp16_deployed(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
+    """Its deployed graphs, with the dataset's instructions. Tests only read it."""
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+
+    folder = minimal_checkpoint.parent / "deployed"
+    write_bundle(
+        ExportOptions(checkpoint=minimal_checkpoint, bundle=folder, dataset=tiny_dataset),
+        report=lambda _: None,
+    )
+    return folder
+
+
 def _require_torch() -> None:
     for name in ("torch", "transformers", "safetensors"):
         pytest.importorskip(name, reason=f"checkpoints need {name}")

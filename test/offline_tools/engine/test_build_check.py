@@ -44,6 +44,27 @@ def test_every_exported_graph_is_parsed_and_built(
 
 
 @needs_tensorrt_rtx
+@pytest.mark.parametrize("fixture", ["deployed_bundle", "fp16_deployed"])
+def test_deployed_graphs_are_parsed_and_built_and_the_prefix_model_is_left_out(
+    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], fixture: str
+) -> None:
+    bundle: Path = request.getfixturevalue(fixture)
+    assert main(["build-check", "--bundle", str(bundle)]) == 0
+    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
+    assert set(rows) == {"backbone", "action_head"}
+    precision = {"deployed_bundle": "fp32", "fp16_deployed": "fp16"}[fixture]
+    assert {row[1] for row in rows.values()} == {precision}
+    assert all(int(row[2]) > 200 for row in rows.values())
+
+
+def test_graph_that_no_engine_runs_cannot_be_asked_for(
+    small_deployed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build-check", "--bundle", str(small_deployed), "--graph", "prefix"]) == 2
+    assert "the bundle's engines are of backbone, action_head" in capsys.readouterr().err
+
+
+@needs_tensorrt_rtx
 def test_one_graph_can_be_checked_alone(
     tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
