@@ -68,6 +68,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.engine.build_command",
         "build a bundle's TensorRT engines on the device that will run them",
     ),
+    "doctor": (
+        "offline_tools.doctor.command",
+        "check a running system: topics, frames, joints, clock, bundle, engine, memory, nodes",
+    ),
     "audit": (
         "offline_tools.engine.audit_command",
         "say of each layer whether it is INT8, from the built engine or from the graph",

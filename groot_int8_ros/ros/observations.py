@@ -47,6 +47,11 @@ def _message_type(camera: CameraParameters) -> type[Any]:
     return kinds[camera.transport]
 
 
+def _ros_name(kind: type[Any]) -> str:
+    # sensor_msgs.msg._image -> sensor_msgs/msg/Image
+    return "/".join([*kind.__module__.split(".")[:2], kind.__name__])
+
+
 class ObservationStreams:
     """Subscribes to the policy's inputs and reads observations from them.
 
@@ -77,17 +82,10 @@ class ObservationStreams:
         self._seen = seen
         self._cameras = tuple(cameras)
         self.max_frozen_s = parameters.max_frozen_s
-        self._watches = {camera_stream_name(camera.key): FrozenImageWatch() for camera in cameras}
+        self._camera_of = {camera_stream_name(camera.key): camera for camera in cameras}
+        self._watches = {name: FrozenImageWatch() for name in self._camera_of}
         self.bridge_name, self._bridge = load_bridge()
-        self._qos = QoSProfile(
-            history=HistoryPolicy.KEEP_LAST,
-            depth=parameters.sensor_qos_depth,
-            reliability=(
-                ReliabilityPolicy.RELIABLE
-                if parameters.sensor_qos_reliability == "reliable"
-                else ReliabilityPolicy.BEST_EFFORT
-            ),
-        )
+        self._qos = self.qos_of(parameters)
         inputs = [
             (
                 Stream(
@@ -124,8 +122,40 @@ class ObservationStreams:
                 for (stream, _), subscription in zip(inputs, self._subscriptions, strict=True)
             ]
         )
+        self._type_names = {stream.name: _ros_name(kind) for stream, kind in inputs}
         self._topics = {stream.name: stream.topic for stream in self.buffer.streams}
         self._joint_states = JointStateReader(state_joints, self._topics[JOINT_STATE])
+
+    @staticmethod
+    def qos_of(parameters: NodeParameters) -> QoSProfile:
+        """Return the quality of service that the parameters ask for."""
+        return QoSProfile(
+            history=HistoryPolicy.KEEP_LAST,
+            depth=parameters.sensor_qos_depth,
+            reliability=(
+                ReliabilityPolicy.RELIABLE
+                if parameters.sensor_qos_reliability == "reliable"
+                else ReliabilityPolicy.BEST_EFFORT
+            ),
+        )
+
+    def message_type_name(self, name: str) -> str:
+        """Return the type of a stream's messages as the ROS graph has it."""
+        return self._type_names[name]
+
+    def fault(self, name: str, message: Any) -> str | None:
+        """Say why one message of a stream cannot be used, or None if it can.
+
+        Unlike `read`, this looks at the message alone. Call it from the thread that reads.
+        """
+        try:
+            if name == JOINT_STATE:
+                self._joint_states.read(message)
+            else:
+                self._rgb(self._camera_of[name], message)
+        except ObservationError as error:
+            return str(error)
+        return None
 
     def read(self, snapshot: Snapshot, instruction: str) -> Observation:
         """Convert a snapshot. Call it from one thread only.
@@ -185,11 +215,8 @@ class ObservationStreams:
                 qos_profile=self._qos,
                 time_to_wait=left_s,
             )
-            if came:
-                try:
-                    self._rgb(camera, message)
-                except ObservationError as error:
-                    faults.append(str(error))
+            if came and (fault := self.fault(camera_stream_name(camera.key), message)):
+                faults.append(fault)
         return faults
 
     def status(self) -> list[StreamStatus]:

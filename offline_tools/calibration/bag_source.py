@@ -17,8 +17,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from groot_int8_ros.capture.selection import Candidate, candidate
 from groot_int8_ros.errors import BagError, ConfigurationError, ObservationError
 from groot_int8_ros.policy.policy import Policy
@@ -30,6 +28,7 @@ from groot_int8_ros.ros.topics import default_image_topic
 from offline_tools.bags import messages
 from offline_tools.bags.reading import Bag, open_bag
 from offline_tools.calibration.run import Recorded, Skipped
+from offline_tools.parameter_file import read_parameter_file
 
 _JOINT_STATE = "joint_state"
 _TRANSPORTS = ("raw", "compressed")
@@ -60,15 +59,7 @@ class BagInputs:
         """
         values: dict[str, Any] = {}
         if path is not None:
-            try:
-                content = yaml.safe_load(path.read_text(encoding="utf-8"))
-                for node in content.values():
-                    _flatten(node["ros__parameters"], "", values)
-            except (OSError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
-                raise ConfigurationError(
-                    f"{path} is no ROS parameter file ({error!r}); name the YAML that the node "
-                    "is started with."
-                ) from error
+            values = read_parameter_file(path)
         text = str(values.get("instruction", "")) if instruction is None else instruction
         return cls(values, text)
 
@@ -313,11 +304,3 @@ class _Assembly:
         self._buffer.mark_used(found)
         self._unused.clear()
         return found
-
-
-def _flatten(content: Mapping[str, Any], prefix: str, values: dict[str, Any]) -> None:
-    for name, value in content.items():
-        if isinstance(value, dict):
-            _flatten(value, f"{prefix}{name}.", values)
-        else:
-            values[f"{prefix}{name}"] = value

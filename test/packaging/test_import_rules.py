@@ -238,6 +238,7 @@ def test_the_process_that_owns_commands_loads_no_policy_and_no_engine(
         "calibration-data",
         "open-loop",
         "play-bag",
+        "doctor",
         "chunk-replay",
         "executor-params",
     ],

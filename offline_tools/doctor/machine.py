@@ -1,0 +1,232 @@
+"""What can be checked without ROS: bundle, engine, memory, power mode, clock.
+
+Owns: these checks. Must not import rclpy or torch; TensorRT and CUDA are asked for their versions
+and the device alone, no engine is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+
+from groot_int8_ros.errors import EngineError, GrootError
+from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.engines import ENGINE_KINDS
+from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
+from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
+from groot_int8_ros.policy.engines.tensorrt_manifest import (
+    ENGINE_SUFFIX,
+    EngineManifest,
+    check_engine_fits,
+    engine_folder,
+    read_engine_manifest,
+    rebuild_command,
+)
+from offline_tools.doctor.findings import Finding, Level
+
+# A board without a battery for its clock starts in the past.
+_CLOCK_IS_SET_S = 1_735_689_600.0  # 2025-01-01
+_GIB = 2**30
+
+
+def examine_clock() -> Finding:
+    """Check that the machine's clock was set since it was switched on."""
+    now_s = time.time()
+    date = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(now_s))
+    if now_s < _CLOCK_IS_SET_S:
+        return Finding(
+            Level.FAULT,
+            "system clock",
+            f"it is {date}, which cannot be",
+            "set it (timedatectl, chrony): a jump while the robot runs drops observations",
+        )
+    return Finding(Level.OK, "system clock", date)
+
+
+def examine_bundle(
+    folder: Path | None, *, verify_hashes: bool
+) -> tuple[Bundle | None, list[Finding]]:
+    """Open the bundle as the node does.
+
+    Args:
+        folder: The bundle, or None where nobody named one.
+        verify_hashes: See `open_bundle`.
+
+    Returns:
+        The bundle if it is whole, and what was found.
+    """
+    if folder is None:
+        return None, [
+            Finding(
+                Level.UNCHECKED,
+                "bundle",
+                "none is named, so frames, joints and engine cannot be compared with it",
+                "give --bundle, or --params-file with the parameter 'bundle'",
+            )
+        ]
+    try:
+        bundle = open_bundle(folder, verify_hashes=verify_hashes)
+    except GrootError as error:
+        return None, [Finding(Level.FAULT, "bundle", str(error))]
+    manifest = bundle.manifest
+    how = "every hash is right" if verify_hashes else "sizes are right, hashes were not read"
+    findings = [
+        Finding(
+            Level.OK,
+            "bundle",
+            f"{folder}: {manifest.family} graphs, {manifest.embodiment}, {how}",
+        )
+    ]
+    findings += [Finding(Level.WARNING, "bundle", note) for note in manifest.notes]
+    return bundle, findings
+
+
+def examine_engine(bundle: Bundle, kind: str, *, verify_hashes: bool) -> list[Finding]:
+    """Check that the engine that the node will load is there and belongs here.
+
+    Args:
+        bundle: The bundle.
+        kind: The node's parameter `engine`.
+        verify_hashes: Read the engines and compare their hashes.
+    """
+    if kind not in ENGINE_KINDS:
+        return [
+            Finding(
+                Level.FAULT,
+                "engine",
+                f"unknown engine {kind!r}",
+                f"set the parameter 'engine' to one of {', '.join(ENGINE_KINDS)}",
+            )
+        ]
+    if kind == "onnxruntime":
+        return [_onnxruntime(), *_memory(_graph_bytes(bundle), "the graphs' weights")]
+    try:
+        trt, cuda = import_tensorrt(), Cuda()
+        device = cuda.device()
+        manifests = [
+            _fitting(bundle, name, str(trt.__version__), device, verify_hashes)
+            for name in bundle.manifest.engine_graphs
+        ]
+    except EngineError as error:
+        return [Finding(Level.FAULT, "engine", str(error))]
+    needed = sum(one.engine_bytes + one.device_memory_bytes for one in manifests)
+    what = f"TensorRT {trt.__version__}, {device.describe()}: {len(manifests)} engines fit"
+    return [
+        Finding(Level.OK, "engine", what),
+        *_memory(needed, "weights and activations", cuda.free_bytes()),
+    ]
+
+
+def _onnxruntime() -> Finding:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Finding(
+            Level.FAULT,
+            "engine",
+            f"ONNX Runtime cannot be imported: {error}",
+            "pip install onnxruntime, or set the parameter 'engine' to tensorrt",
+        )
+    return Finding(Level.OK, "engine", f"ONNX Runtime {onnxruntime.__version__}, on the CPU")
+
+
+def _fitting(
+    bundle: Bundle, name: str, version: str, device: Device, verify_hashes: bool
+) -> EngineManifest:
+    graph = bundle.graph_path(name)
+    path = engine_folder(bundle.folder, version, device) / (graph.stem + ENGINE_SUFFIX)
+    if not path.is_file():
+        raise EngineError(
+            f"{path} does not exist: no engine was built for TensorRT {version} on "
+            f"{device.describe()}. Build it here: {rebuild_command(bundle.folder)}"
+        )
+    manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
+    check_engine_fits(
+        manifest,
+        path,
+        bundle.folder,
+        library_version=version,
+        device=device,
+        recorded_sha256={file: sha for file, (sha, _) in bundle.manifest.files.items()},
+        verify_hash=verify_hashes,
+    )
+    return manifest
+
+
+def _graph_bytes(bundle: Bundle) -> int:
+    # The graphs that an engine runs, with their external data.
+    names = {bundle.manifest.graphs[name].file for name in bundle.manifest.engine_graphs}
+    return sum(
+        size
+        for file, (_, size) in bundle.manifest.files.items()
+        if file in names or file.removesuffix(".data") in names
+    )
+
+
+def _memory(needed: int, what: str, free: int | None = None) -> list[Finding]:
+    free = available_host_bytes() if free is None else free
+    if free is None:
+        return [Finding(Level.UNCHECKED, "memory", "the kernel does not say what is free")]
+    text = f"{needed / _GIB:.2f} GiB for {what}, {free / _GIB:.2f} GiB free"
+    if needed > free:
+        return [
+            Finding(
+                Level.FAULT,
+                "memory",
+                text,
+                "where the policy is loaded already this is no fault; else stop other processes "
+                "(on a Jetson also the desktop: sudo systemctl isolate multi-user.target) or "
+                "use an INT8 bundle",
+            )
+        ]
+    return [Finding(Level.OK, "memory", text)]
+
+
+def examine_power(root: Path = Path("/")) -> Finding:
+    """Say which power mode a Jetson is in, from the files that `nvpmodel` keeps.
+
+    Args:
+        root: Where the filesystem begins; another one in tests.
+    """
+    if not (root / "etc/nv_tegra_release").is_file():
+        return Finding(Level.OK, "power mode", "this is no Jetson")
+    try:
+        status = (root / "var/lib/nvpmodel/status").read_text(encoding="utf-8")
+        modes = _power_modes((root / "etc/nvpmodel.conf").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        status, modes = "", {}
+    number = re.search(r"pmode:(\d+)", status)
+    if number is None or int(number[1]) not in modes:
+        return Finding(
+            Level.UNCHECKED,
+            "power mode",
+            "the files of nvpmodel do not say",
+            "ask it: sudo nvpmodel -q",
+        )
+    name, frequency = modes[int(number[1])]
+    fastest = max(modes, key=lambda number: modes[number][1])
+    if frequency < modes[fastest][1]:
+        return Finding(
+            Level.WARNING,
+            "power mode",
+            f"{name}, whose GPU clock is lower than {modes[fastest][0]}'s",
+            f"sudo nvpmodel -m {fastest} and build the engines again, for the mode changes the "
+            "GPU they are made for",
+        )
+    return Finding(Level.OK, "power mode", name)
+
+
+def _power_modes(configuration: str) -> dict[int, tuple[str, float]]:
+    # Number to name and the GPU's clock limit, of which -1 says that there is none.
+    modes = {}
+    blocks = re.split(r"^< *POWER_MODEL +", configuration, flags=re.MULTILINE)[1:]
+    for block in blocks:
+        head = re.match(r"ID=(\d+) +NAME=(\S+)", block)
+        if head is None:
+            continue
+        body = re.split(r"^<", block, maxsplit=1, flags=re.MULTILINE)[0]
+        limit = re.search(r"^GPU +MAX_FREQ +(-?\d+)", body, re.MULTILINE)
+        hertz = float(limit[1]) if limit else 0.0
+        modes[int(head[1])] = (head[2], float("inf") if hertz < 0 else hertz)
+    return modes

@@ -1,0 +1,101 @@
+"""What the doctor says of a machine: the power mode by its files, engines that are not here."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from groot_int8_ros.policy.bundle import open_bundle
+from offline_tools.doctor import machine
+from offline_tools.doctor.findings import Finding, Level, exit_code
+from offline_tools.doctor.machine import examine_bundle, examine_engine, examine_power
+
+# The layout of the real file, whose fastest mode has not always the highest or lowest number.
+NVPMODEL = """\
+< PARAM TYPE=CLOCK NAME=GPU >
+MAX_FREQ /sys/devices/platform/17000000.gpu/devfreq_dev/max_freq
+< POWER_MODEL ID=0 NAME=MAXN_SUPER >
+CPU_ONLINE CORE_0 1
+GPU MIN_FREQ 0
+GPU MAX_FREQ -1
+< POWER_MODEL ID=1 NAME=10W >
+GPU MAX_FREQ 612000000
+< POWER_MODEL ID=2 NAME=25W >
+GPU MAX_FREQ 918000000
+# mandatory section to configure the default mode
+< PM_CONFIG DEFAULT=2 >
+"""
+
+
+def jetson(root: Path, status: str) -> Path:
+    for file, text in (
+        ("etc/nv_tegra_release", "# R36 (release), REVISION: 4.3"),
+        ("etc/nvpmodel.conf", NVPMODEL),
+        ("var/lib/nvpmodel/status", status),
+    ):
+        (root / file).parent.mkdir(parents=True, exist_ok=True)
+        (root / file).write_text(text)
+    return root
+
+
+def test_slow_power_mode_is_told_with_the_command_of_the_fastest(tmp_path: Path) -> None:
+    found = examine_power(jetson(tmp_path, "pmode:0001 fmode:quiet"))
+    assert found.level is Level.WARNING
+    assert found.message.startswith("10W")
+    assert "nvpmodel -m 0" in found.advice
+    fastest = examine_power(jetson(tmp_path, "pmode:0000"))
+    assert (fastest.level, fastest.message) == (Level.OK, "MAXN_SUPER")
+
+
+@pytest.mark.parametrize("status", ["", "pmode:0009", "nonsense"])
+def test_power_mode_that_cannot_be_read_is_not_passed_off_as_fine(
+    tmp_path: Path, status: str
+) -> None:
+    assert examine_power(jetson(tmp_path, status)).level is Level.UNCHECKED
+    (tmp_path / "etc/nvpmodel.conf").unlink()
+    assert examine_power(tmp_path).level is Level.UNCHECKED
+
+
+def test_missing_bundle_is_unchecked_and_a_wrong_one_a_fault(tmp_path: Path) -> None:
+    bundle, findings = examine_bundle(None, verify_hashes=True)
+    assert bundle is None
+    assert exit_code(findings) == 2
+    bundle, findings = examine_bundle(tmp_path, verify_hashes=True)
+    assert bundle is None
+    assert exit_code(findings) == 1
+    assert str(tmp_path) in findings[0].message
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt") is not None, reason="TensorRT is installed here"
+)
+def test_tensorrt_engine_on_a_machine_without_tensorrt_is_a_fault(small_deployed: Path) -> None:
+    bundle = open_bundle(small_deployed)
+    (found,) = examine_engine(bundle, "tensorrt", verify_hashes=True)
+    assert found.level is Level.FAULT
+    assert "JetPack" in found.message
+    (found,) = examine_engine(bundle, "tensorflow", verify_hashes=True)
+    assert "onnxruntime, tensorrt" in found.advice
+
+
+def test_bundle_larger_than_the_free_memory_is_a_fault(
+    small_deployed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = open_bundle(small_deployed)
+    weights = sum(
+        path.stat().st_size
+        for name in bundle.manifest.engine_graphs
+        for path in (bundle.graph_path(name).parent).glob(bundle.graph_path(name).name + "*")
+    )
+    for free, level in ((weights, Level.OK), (weights - 1, Level.FAULT)):
+        monkeypatch.setattr(machine, "available_host_bytes", lambda free=free: free)
+        _, memory = examine_engine(bundle, "onnxruntime", verify_hashes=True)
+        assert (memory.subject, memory.level) == ("memory", level)
+
+
+def test_a_finding_is_one_line_whatever_its_message() -> None:
+    text = Finding(Level.FAULT, "bundle", "first\nsecond", "do this").text()
+    assert text.count("\n") == 0
+    assert text.endswith("-> do this")
