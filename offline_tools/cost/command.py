@@ -51,11 +51,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     setup = parser.add_argument_group("what is counted without a bundle")
     setup.add_argument("--cameras", type=positive_int, default=4, help="default: %(default)s")
     setup.add_argument(
-        "--image-size",
-        type=_image_size,
-        default=(252, 280),
+        "--frame-size",
+        type=_frame_size,
+        default=(576, 640),
         metavar="HxW",
-        help="the network's images, in pixels (default: 252x280)",
+        help="the cameras' frames in pixels (default: 576x640, which the network sees as 252x280)",
     )
     setup.add_argument(
         "--text-tokens",
@@ -128,7 +128,7 @@ def _of_size(
 ) -> dict[str, Any]:
     from offline_tools.cost.stages import Setup, cost_lines  # needs torch
 
-    setup = Setup(args.cameras, args.image_size, args.text_tokens, args.denoising_steps)
+    setup = Setup(args.cameras, args.frame_size, args.text_tokens, args.denoising_steps)
     lines = cost_lines(_sizes(args), setup)
     _print_lines(lines, setup)
     last = lines[-1]
@@ -172,7 +172,7 @@ def _sizes(args: argparse.Namespace) -> ModelConfig:
 
 
 def _print_lines(lines: list[Line], setup: Setup) -> None:
-    height, width = setup.image_shape
+    height, width = setup.frame
     print(
         f"{setup.cameras} cameras {height}x{width}, {setup.text_tokens} text tokens, "
         f"{setup.steps} denoising steps, {setup.precision}; for one observation"
@@ -194,8 +194,8 @@ def _print_lines(lines: list[Line], setup: Setup) -> None:
         )
 
 
-def _image_size(text: str) -> tuple[int, int]:
+def _frame_size(text: str) -> tuple[int, int]:
     height, separator, width = text.partition("x")
     if not separator or not height.isdecimal() or not width.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 252x280")
+        raise argparse.ArgumentTypeError(f"{text!r} is not HEIGHTxWIDTH, such as 480x640")
     return int(height), int(width)

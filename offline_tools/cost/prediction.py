@@ -87,6 +87,24 @@ class PublishedModel:
                 results[runtime] = [self._other(runtime, point) for point in points]
         return results
 
+    def totals(self) -> list[tuple[str, float, float]]:
+        """Return whole inferences in TensorRT: label, published and fitted milliseconds.
+
+        The fit has seen their parts; what stands around the engines is taken as published.
+        """
+        results = []
+        for row in self.rows:
+            total_ms, before = row.number("total_ms"), row.number("preprocess_ms")
+            stages = {row.text("backbone_runtime"), row.text("head_runtime")}
+            if stages != {TENSORRT} or total_ms is None or before is None:
+                continue
+            backbone, head = row_work(row)
+            device = find_device(row.text("device_key"), row.text("mode"))
+            engines = seconds(observation([backbone, *head]), device, self.efficiency)
+            label = f"{row.label}, {row.text('steps')} steps"
+            results.append((label, total_ms, before + 1e3 * engines))
+        return results
+
     def predict(self, graphs: Sequence[GraphWork], device: Device) -> Prediction:
         """Predict one observation's time in TensorRT engines."""
         launches = observation(graphs)

@@ -73,6 +73,9 @@ def model_text(model: PublishedModel) -> Iterator[str]:
         yield f"{runtime}:"
         for result in results:
             yield f"  {result.point.label:70}{_errors(result)}"
+    yield "whole inferences in TensorRT, with the time around the engines as published:"
+    for label, was, fitted in model.totals():
+        yield f"  {label:70}{was:>7.1f}   fitted {fitted:.1f} ({fitted / was - 1:+.0%})"
     unpredicted = [row for row in model.rows if not row.text("backbone_runtime")]
     yield "not predicted (INT8 and INT4 plug-ins; N1.7 is another network):"
     for row in unpredicted:

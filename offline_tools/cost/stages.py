@@ -9,7 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.preprocess import image_sizes
+from groot_int8_ros.policy.processor import ImageChain
 from groot_int8_ros.policy.token_layout import TokenLayout
+from groot_int8_ros.policy.types import CameraSpec
 from offline_tools.cost.torch_count import count_stage
 from offline_tools.cost.work import GraphWork
 from offline_tools.export.deployed_stages import (
@@ -19,12 +22,14 @@ from offline_tools.export.deployed_stages import (
     head_stages,
 )
 from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.deployed.backbone import BackboneCase
 
 # After each image but the last: its end, `<image k>` of the next as five tokens, its begin.
 _BETWEEN_IMAGES = 7
 # The last image's end, the message's end and a newline.
 _AFTER_IMAGES = 3
-_PATCHES_PER_TOKEN = 4
+# As released checkpoints have it.
+_CHAIN = ImageChain(shortest_image_edge=256, crop_fraction=0.95)
 
 
 @dataclass(frozen=True)
@@ -33,45 +38,41 @@ class Setup:
 
     Attributes:
         cameras: Number of cameras.
-        image_shape: Height and width of the network's images in pixels.
+        frame: Height and width of the cameras' frames in pixels.
         text_tokens: Tokens of the prompt beside those of the images.
         steps: Denoising steps.
         precision: `fp32` or `fp16`.
     """
 
     cameras: int = 4
-    image_shape: tuple[int, int] = (252, 280)
+    frame: tuple[int, int] = (576, 640)
     text_tokens: int = 51
     steps: int = 2
     precision: str = "fp16"
 
-    def layout(self, config: ModelConfig) -> TokenLayout:
-        """Return a prompt of these lengths.
+    def case(self, config: ModelConfig) -> BackboneCase:
+        """Return the cameras and a prompt of these lengths.
 
         Raises:
-            ConfigurationError: The images do not divide into patches, or there are fewer text
-                tokens than stand between the images.
+            ConfigurationError: There are fewer text tokens than stand between the images.
+            ProcessorError: The frames are of a size that the image chain does not take.
         """
-        side = 2 * config.vision.patch_size
-        height, width = self.image_shape
-        if height % side or width % side:
-            raise ConfigurationError(
-                f"images of {height}x{width} do not divide into tokens of {side} pixels"
-            )
-        per_image = height * width // (config.vision.patch_size**2 * _PATCHES_PER_TOKEN)
+        height, width = self.frame
+        cameras = tuple(CameraSpec(f"camera_{k}", height, width) for k in range(self.cameras))
         image, text = config.language.image_token_id, config.language.image_token_id + 1
+        image_tokens = image_sizes(height, width, _CHAIN).tokens
         live: list[int] = []
         for camera in range(self.cameras):
             last = camera == self.cameras - 1
-            live += [image] * per_image
+            live += [image] * image_tokens
             live += [text] * (_AFTER_IMAGES if last else _BETWEEN_IMAGES)
-        prefix = self.text_tokens - (len(live) - self.cameras * per_image)
+        prefix = self.text_tokens - (len(live) - self.cameras * image_tokens)
         if prefix < 1:
             raise ConfigurationError(
                 f"{self.cameras} images need more than {self.text_tokens} text tokens; give "
                 f"--text-tokens {self.text_tokens - prefix + 1} or more"
             )
-        return TokenLayout(prefix, tuple(live), image)
+        return BackboneCase(config, cameras, _CHAIN, TokenLayout(prefix, tuple(live), image))
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ class Line:
 
 def cost_lines(config: ModelConfig, setup: Setup) -> list[Line]:
     """Count the model after each transformation: those of the backbone, then the head's."""
-    layout = setup.layout(config)
-    backbones = backbone_stages(config, layout, setup.cameras, setup.image_shape, setup.precision)
-    heads = head_stages(config, layout, setup.steps, setup.precision)
+    case = setup.case(config)
+    backbones = backbone_stages(case, setup.precision)
+    heads = head_stages(config, case.layout, setup.steps, setup.precision)
     head = _count(heads.pop(REFERENCE))
     backbone: tuple[GraphWork, ...] = ()
     lines = []

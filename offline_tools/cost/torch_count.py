@@ -51,7 +51,8 @@ def count_stage(graph: StageGraph) -> GraphWork:
             if not all(isinstance(axis, int) for axis in value.shape):
                 raise ValueError(f"{graph.name}: the input {name} has a varying axis")
             inputs.append(torch.zeros(value.shape, dtype=value.dtype))  # type: ignore[arg-type]
-        counter = _Counter(dict(module.named_parameters()), graph.spec.dtype.itemsize)
+        constants = dict((*module.named_parameters(), *module.named_buffers()))
+        counter = _Counter(constants, graph.spec.dtype.itemsize)
         with counter:
             module(*inputs)
     named = {launch.weight: launch.weight_bytes for launch in counter.launches}
@@ -63,17 +64,17 @@ def count_stage(graph: StageGraph) -> GraphWork:
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes each product, norm and softmax; knows a weight by its storage."""
 
-    def __init__(self, parameters: Mapping[str, Tensor], size: int) -> None:
+    def __init__(self, constants: Mapping[str, Tensor], size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.launches: list[Launch] = []
         self._size = size
-        self._names = {_storage(tensor): name for name, tensor in parameters.items()}
-        self._sizes = {name: _bytes(tensor) for name, tensor in parameters.items()}
+        self._names = {_storage(tensor): name for name, tensor in constants.items()}
+        self._sizes = {name: _bytes(tensor) for name, tensor in constants.items()}
         self._read: set[str] = set()
 
     @property
     def read_bytes(self) -> int:
-        """Bytes of the parameters that were read at all: an export leaves the others out."""
+        """Bytes of the constants that were read at all: an export leaves the others out."""
         return sum(self._sizes[name] for name in self._read)
 
     def __torch_dispatch__(

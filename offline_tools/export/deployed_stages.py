@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from groot_int8_ros.policy.token_layout import TokenLayout
+from offline_tools.export.deployed_backbone import backbone_spec
 from offline_tools.export.deployed_graphs import fixed_spec, head_spec
 from offline_tools.export.graph import GraphInput, GraphSpec
 from offline_tools.export.graphs import PRECISIONS, reference_graphs
 from offline_tools.model.action_head import ActionDecoder, ActionEncoder, ActionHead, Conditioner
 from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.deployed.backbone import BackboneCase, backbone_parts
 from offline_tools.model.deployed.head import unrolled_stages
 from offline_tools.model.deployed.head_parts import InputShapes
 from offline_tools.model.dit import AlternateVLDiT
@@ -83,38 +85,38 @@ def head_stages(
     return stages
 
 
-def backbone_stages(
-    config: ModelConfig,
-    layout: TokenLayout,
-    cameras: int,
-    image_shape: tuple[int, int],
-    precision: str,
-) -> dict[str, tuple[StageGraph, ...]]:
+def backbone_stages(case: BackboneCase, precision: str) -> dict[str, tuple[StageGraph, ...]]:
     """Return the backbone before and after each transformation, in their order.
 
     Args:
-        config: Sizes of the model.
-        layout: Where the prompt's tokens stand.
-        cameras: Number of frames.
-        image_shape: Height and width of the network's images in pixels.
-        precision: `fp32` or `fp16`.
+        case: What it is made for.
+        precision: `fp32` or `fp16`; the image chain is float32 in both.
 
     Returns:
         Graphs by the name of the transformation that led to them; the first is `REFERENCE`.
     """
     spec = reference_graphs(
-        config, _no_weights, embodiment_id=0, image_shape=image_shape, precision=precision
+        case.config,
+        _no_weights,
+        embodiment_id=0,
+        image_shape=case.image_shape,
+        precision=precision,
     )["backbone"].spec
     lengths = {
         "batch": 1,
-        "images": cameras,
-        "sequence": layout.prefix_length + layout.live_length,
+        "images": len(case.cameras),
+        "sequence": case.layout.prefix_length + case.layout.live_length,
     }
     inputs = {
         name: GraphInput(tuple(lengths.get(str(axis), axis) for axis in value.shape), value.dtype)
         for name, value in spec.inputs.items()
     }
-    return {REFERENCE: (StageGraph("backbone", replace(spec, inputs=inputs), 1),)}
+    reference = StageGraph("backbone", replace(spec, inputs=inputs), 1)
+    stages: dict[str, tuple[StageGraph, ...]] = {REFERENCE: (reference,)}
+    for name, parts in backbone_parts().items():
+        spec = backbone_spec(case, parts, PRECISIONS[precision])
+        stages[name] = (StageGraph("backbone", spec, 1),)
+    return stages
 
 
 def _no_weights(key: str) -> Tensor:

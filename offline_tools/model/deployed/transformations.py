@@ -8,6 +8,15 @@ chain: one grey level). Each has an equivalence test against the model before it
 
 from __future__ import annotations
 
+BACKBONE: dict[str, str] = {
+    "fixed_shapes": "one observation of one size, one length of prompt, all cameras in one batch",
+    "image_chain": "from the cameras' uint8 frames: resizes and crop are constant matrices",
+    "prompt_prefix": "keys and values of the instruction's prefix come in from the prompt bank",
+    "constant_embeddings": "no token is looked up: the live text is a constant, no table is kept",
+    "fused_vision_qkv": "query, key and value of a vision layer are one product",
+    "fused_language_projections": "query, key and value are one product, gate and up another",
+}
+
 HEAD: dict[str, str] = {
     "embodiment_slice": "one embodiment's slice of each category-specific layer is kept",
     "unrolled_loop": "all denoising steps stand in one graph: one launch, tokens stay inside",

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from offline_tools.cli import main
-from offline_tools.model.deployed.transformations import HEAD
+from offline_tools.model.deployed.transformations import BACKBONE, HEAD
 
 
 def test_bundle_is_counted_without_torch(
@@ -53,10 +53,9 @@ def test_every_transformation_has_its_line(
 ) -> None:
     report = tmp_path / "cost.json"
     words = ["cost", "--checkpoint", str(minimal_checkpoint), "--output", str(report)]
-    assert main([*words, "--cameras", "2", "--image-size", "252x336"]) == 0
+    assert main([*words, "--cameras", "2", "--frame-size", "480x640"]) == 0
     names = list(json.loads(report.read_text())["transformations"])
-    assert names[0] == "reference"
-    assert names[-len(HEAD) :] == list(HEAD)
+    assert names == ["reference", *BACKBONE, *HEAD]
     output = capsys.readouterr().out
     starts = [line.split()[0] for line in output.splitlines() if line]
     assert [word for word in starts if word in names] == names
@@ -68,7 +67,7 @@ def test_every_transformation_has_its_line(
     ("words", "message"),
     [
         (["--size", "full", "--text-tokens", "20"], "give --text-tokens 25 or more"),
-        (["--size", "full", "--image-size", "250x280"], "do not divide into tokens of 28 pixels"),
+        (["--size", "full", "--frame-size", "20x3000"], "a frame of 20x3000"),
         (["--size", "full", "--device", "xavier"], "no device 'xavier'"),
     ],
 )
