@@ -114,8 +114,13 @@ def _of_bundle(
     for line in report.graph_table(graphs):
         print(line)
     print()
-    for line in report.prediction_table(model, {"this bundle": graphs}, devices):
-        print(line)
+    precision = manifest.graphs["backbone"].precision
+    if precision == "fp32":
+        print("no prediction: the graphs are FP32, and the engines it is fitted to run in FP16")
+        devices = []
+    else:
+        for line in report.prediction_table(model, {"this bundle": graphs}, devices):
+            print(line)
     return {
         "bundle": str(args.bundle),
         "graphs": report.graphs_json(graphs),

@@ -14,10 +14,10 @@ from offline_tools.model.deployed.transformations import BACKBONE, HEAD
 
 
 def test_bundle_is_counted_without_torch(
-    tiny_bundle: Path, repository_root: Path, tmp_path: Path
+    fp16_bundle: Path, repository_root: Path, tmp_path: Path
 ) -> None:
     report = tmp_path / "cost.json"
-    words = ["cost", "--bundle", str(tiny_bundle), "--device", "orin-nx-16gb:25W"]
+    words = ["cost", "--bundle", str(fp16_bundle), "--device", "orin-nx-16gb:25W"]
     code = (
         "import sys; sys.modules.update(torch=None, transformers=None); "
         "from offline_tools.cli import main; "
@@ -32,7 +32,7 @@ def test_bundle_is_counted_without_torch(
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "reference graphs, 2 denoising steps" in done.stdout
+    assert "reference graphs, 4 denoising steps" in done.stdout
     assert "Orin NX 16 GB, 25W" in done.stdout
     assert "Thor (T5000)" not in done.stdout
     content = json.loads(report.read_text())
@@ -40,12 +40,21 @@ def test_bundle_is_counted_without_torch(
     assert runs == {
         "backbone": 1,
         "conditioner": 1,
-        "action_encoder": 2,
-        "dit": 2,
-        "action_decoder": 2,
+        "action_encoder": 4,
+        "dit": 4,
+        "action_decoder": 4,
     }
     predicted = content["predicted"]["Orin NX 16 GB, 25W"]
     assert 0 < predicted["low_ms"] < predicted["expected_ms"] < predicted["high_ms"]
+
+
+def test_time_of_a_float32_bundle_is_not_predicted(
+    tiny_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["cost", "--bundle", str(tiny_bundle)]) == 0
+    output = capsys.readouterr().out
+    assert "no prediction: the graphs are FP32" in output
+    assert "Thor (T5000)" not in output
 
 
 def test_every_transformation_has_its_line(
