@@ -15,7 +15,7 @@ from pathlib import Path
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
-from groot_int8_ros.policy.families import REFERENCE
+from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.types import Observation
@@ -33,6 +33,7 @@ from offline_tools.compare_quantization.comparison import (
     prepare_model,
 )
 from offline_tools.compare_quantization.samples import (
+    GENERATED_INSTRUCTION,
     capture_samples,
     generated_observations,
     recorded_observations,
@@ -74,6 +75,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--schemes", nargs="+", choices=list(SCHEMES), default=list(SCHEMES), help="default: all"
     )
+    parser.add_argument(
+        "--graphs",
+        nargs="+",
+        choices=FAMILIES,
+        default=[DEPLOYED],
+        help="of --checkpoint: which graphs to quantise; both for a table of the two (default: "
+        f"{DEPLOYED})",
+    )
     parser.add_argument("--denoising-steps", type=int, choices=(1, 2, 4), help="as for export")
     parser.add_argument(
         "--calibration-samples", type=int, default=16, help="observations (default: %(default)s)"
@@ -110,6 +119,7 @@ def run(args: argparse.Namespace) -> int:
             "calibration_samples": args.calibration_samples,
             "evaluation_samples": args.evaluation_samples,
             "seed": args.seed,
+            "graphs": args.graphs if args.checkpoint else None,
             "verdicts": said,
             "rows": [row.to_dict() for row in rows],
             "refusals": [asdict(refusal) for refusal in refusals],
@@ -178,9 +188,9 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         embodiment=args.embodiment,
         robot=args.robot,
         dataset=args.dataset,
-        graphs=REFERENCE,
         precision="fp32",
         denoising_steps=args.denoising_steps,
+        instructions=() if args.dataset else (GENERATED_INSTRUCTION,),
         force=True,
     )
     processor = load_processor(args.checkpoint, args.embodiment)
@@ -191,12 +201,14 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
             checkpoint = work / "checkpoint"
             edits = plan_variant(variant, config, tokens, args.seed)
             write_edited(args.checkpoint, checkpoint, edits)
-        chosen = replace(options, checkpoint=checkpoint)
-        write_bundle(chosen, _silent)
-        half = replace(chosen, bundle=work / "fp16", precision="fp16")
-        write_bundle(half, _silent)
-        bundle = open_bundle(chosen.bundle)
-        yield _prepare(args, variant, bundle), _Source(checkpoint, open_bundle(half.bundle))
+        for family in args.graphs:
+            chosen = replace(options, checkpoint=checkpoint, graphs=family)
+            write_bundle(chosen, _silent)
+            half = replace(chosen, bundle=work / "fp16", precision="fp16")
+            write_bundle(half, _silent)
+            bundle = open_bundle(chosen.bundle)
+            name = variant if len(args.graphs) == 1 else f"{variant}, {family}"
+            yield _prepare(args, name, bundle), _Source(checkpoint, open_bundle(half.bundle))
 
 
 def _silent(_line: str) -> None:

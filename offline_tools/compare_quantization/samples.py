@@ -28,7 +28,7 @@ from offline_tools.dataset.lerobot import LeRobotDataset
 Feeds = list[dict[str, NDArray[Any]]]
 
 # One for all: ONNX Runtime's histograms take samples of one length only.
-_INSTRUCTION = "pick up the red cube and place it in the green bowl"
+GENERATED_INSTRUCTION = "pick up the red cube and place it in the green bowl"
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def generated_observations(bundle: Bundle, count: int, seed: int) -> list[Observ
             Observation(
                 images=images,
                 state=state,
-                instruction=_INSTRUCTION,
+                instruction=GENERATED_INSTRUCTION,
                 # Noise depends on seed and stamp: no two sets may share a stamp.
                 stamp_ns=seed * 1_000_003 + index,
             )

@@ -4,7 +4,7 @@ Owns: which steps there are, in which order, and what each depends on. Every ste
 of its name; what it makes lies in one folder::
 
     OUTPUT/float         bundle in floating point, verified against the checkpoint
-    OUTPUT/calibration   captured inputs of backbone and DiT, and their coverage report
+    OUTPUT/calibration   captured inputs of the two large graphs, and their coverage report
     OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built
     OUTPUT/report        audit.json, report.json, report.md
     OUTPUT/.pipeline     what each step was made from, and how long it took
@@ -25,6 +25,7 @@ from groot_int8_ros.errors import ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.tensorrt_manifest import engine_folder
+from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
@@ -65,6 +66,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     for name in ("tokenizer", "eagle-config", "robot"):
         parser.add_argument(f"--{name}", type=Path, help="as for export")
     parser.add_argument("--embodiment", help="as for export")
+    parser.add_argument(
+        "--graphs", choices=FAMILIES, default=DEPLOYED, help="as export (default: %(default)s)"
+    )
+    parser.add_argument("--instruction", nargs="+", default=[], help="as for export")
+    parser.add_argument("--max-prefix-tokens", type=positive_int, help="as for export")
+    parser.add_argument("--prefix-model", action="store_true", help="as for export")
     parser.add_argument("--precision", choices=["fp16", "fp32"], default="fp16", help="as export")
     parser.add_argument("--denoising-steps", type=int, choices=(1, 2, 4), help="as for export")
     parser.add_argument(
@@ -178,7 +185,12 @@ def _steps(args: argparse.Namespace) -> list[Step]:
     weights_gb = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9
     rough = {name: max(5.0, per_gb * weights_gb) for name, per_gb in _ROUGH_S_PER_GB.items()}
 
-    exported = _given(args, "embodiment", "precision", "denoising_steps")
+    exported = [
+        *_given(args, "graphs", "embodiment", "precision", "denoising_steps"),
+        *_given(args, "max_prefix_tokens"),
+        *_listed("--instruction", args.instruction),
+        *(["--prefix-model"] if args.prefix_model else []),
+    ]
     quantised = [
         *_given(args, "scheme", "budget", "seed"),
         *_listed("--max-joint-error", args.max_joint_error),

@@ -164,7 +164,7 @@ def _caches(texts: list[str]) -> dict[str, Path]:
 
 
 def _print(result: QuantizeResult) -> None:
-    print(f"\n{'graph':10}{'scheme':24}{'layers':>8}{'weights':>12}")
+    print(f"\n{'graph':13}{'scheme':24}{'layers':>8}{'weights':>12}")
     for name, layers in result.layers.items():
         record = result.manifest.graphs[name].quantization
         schemes = {} if record is None else record.layers
@@ -177,7 +177,7 @@ def _print(result: QuantizeResult) -> None:
         total = sum(weights.values())
         for scheme in sorted(found):
             share = 100 * weights[scheme] / total
-            print(f"{name:10}{scheme:24}{found[scheme]:>8}{share:>11.1f}%")
+            print(f"{name:13}{scheme:24}{found[scheme]:>8}{share:>11.1f}%")
     print(
         f"\nsize of both graphs: {result.float_bytes / 1e6:.1f} MB -> "
         f"{result.int8_bytes / 1e6:.1f} MB"

@@ -12,9 +12,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.bundle import GraphRecord
+from groot_int8_ros.policy.bundle import GraphRecord, open_bundle
 from groot_int8_ros.policy.engines import TensorSpec
-from groot_int8_ros.policy.families import engine_graphs
+from groot_int8_ros.policy.families import LARGE_GRAPHS, engine_graphs
 from offline_tools.cli import main
 from offline_tools.engine.rtx import check_build
 
@@ -28,33 +28,31 @@ needs_tensorrt_rtx = pytest.mark.skipif(
 
 
 @needs_tensorrt_rtx
-@pytest.mark.parametrize("fixture", ["tiny_bundle", "fp16_bundle"])
+@pytest.mark.parametrize(
+    ("fixture", "precision"),
+    [
+        ("tiny_bundle", "fp32"),
+        ("fp16_bundle", "fp16"),
+        # With a prefix model, which is no engine and must not be tried.
+        ("deployed_bundle", "fp32"),
+        ("fp16_deployed", "fp16"),
+    ],
+)
 def test_every_exported_graph_is_parsed_and_built(
-    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], fixture: str
+    request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
+    fixture: str,
+    precision: str,
 ) -> None:
     bundle: Path = request.getfixturevalue(fixture)
     assert main(["build-check", "--bundle", str(bundle)]) == 0
     rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(rows) == set(engine_graphs("reference"))
-    precision = {"tiny_bundle": "fp32", "fp16_bundle": "fp16"}[fixture]
-    assert rows["backbone"][1] == rows["dit"][1] == precision
-    # A graph that was folded away would pass as well.
-    assert int(rows["backbone"][2]) > 200
-    assert int(rows["dit"][2]) > 200
-
-
-@needs_tensorrt_rtx
-@pytest.mark.parametrize("fixture", ["deployed_bundle", "fp16_deployed"])
-def test_deployed_graphs_are_parsed_and_built_and_the_prefix_model_is_left_out(
-    request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str], fixture: str
-) -> None:
-    bundle: Path = request.getfixturevalue(fixture)
-    assert main(["build-check", "--bundle", str(bundle)]) == 0
-    rows = {line.split()[0]: line.split() for line in capsys.readouterr().out.splitlines()[1:]}
-    assert set(rows) == {"backbone", "action_head"}
-    precision = {"deployed_bundle": "fp32", "fp16_deployed": "fp16"}[fixture]
-    assert {row[1] for row in rows.values()} == {precision}
-    assert all(int(row[2]) > 200 for row in rows.values())
+    family = open_bundle(bundle, verify_hashes=False).manifest.family
+    assert set(rows) == set(engine_graphs(family))
+    for graph in LARGE_GRAPHS[family]:
+        assert rows[graph][1] == precision
+        # A graph that was folded away would pass as well.
+        assert int(rows[graph][2]) > 200
 
 
 def test_graph_that_no_engine_runs_cannot_be_asked_for(

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -162,6 +163,38 @@ def test_options_that_cannot_be_are_refused_and_nothing_is_written(
     with pytest.raises(error, match=message):
         _build(bundle_copy, **options)
     assert not list((bundle_copy / "engines").glob("*/*.engine"))
+
+
+def test_deployed_graphs_are_built_at_their_own_shapes_and_the_prefix_model_never(
+    deployed_bundle: Path, fp16_deployed: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(fp16_deployed, tmp_path / "bundle"))
+    built = _build(copy)
+    manifest = open_bundle(copy).manifest
+    assert list(built) == ["backbone", "action_head"]
+    for name in built:
+        found = read_engine_manifest(_folder(copy) / f"{name}.json", copy)
+        assert {n: t.spec for n, t in found.inputs.items()} == manifest.graphs[name].inputs
+        assert {
+            tensor.profile for tensor in (*found.inputs.values(), *found.outputs.values())
+        } == {None}
+    assert {spec.dtype for spec in manifest.graphs["backbone"].inputs.values()} == {
+        "uint8",
+        "float16",
+        "bool",
+    }
+    for options, message in (
+        ({"max_seq_len": 90}, "whose shapes are fixed: leave out --max-seq-len"),
+        ({"exact": True}, "whose shapes are fixed"),
+        ({"graphs": ("prefix",)}, "no graph 'prefix' for an engine; it has backbone, action_head"),
+        (
+            {"quantization": "calibrator", "graphs": ()},
+            "so --captures is needed",
+        ),
+    ):
+        with pytest.raises((ConfigurationError, CalibrationError), match=message):
+            _build(deployed_bundle, **options)
+    assert not (deployed_bundle / "engines").exists()
 
 
 def test_library_without_calibrators_is_said_to_be_too_new(tiny_bundle: Path) -> None:
