@@ -51,12 +51,14 @@ class Captured:
     """One part of a stage, ready to be replayed.
 
     Attributes:
-        replay: Runs it once an observation's worth of times.
+        graph: The CUDA graph of one observation's runs.
+        owners: Modules and inputs: the graph reads their memory and does not keep it.
         weight_bytes: Bytes of its parameters, each counted once however often it runs.
         flops: Multiplications and additions of one observation.
     """
 
-    replay: Callable[[], None]
+    graph: torch.cuda.CUDAGraph
+    owners: Sequence[object]
     weight_bytes: int
     flops: int
 
@@ -132,7 +134,7 @@ def capture(graphs: Sequence[StageGraph], device: torch.device, *, compiled: boo
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
         run()
-    return Captured(recorded.replay, weight_bytes, flops)
+    return Captured(recorded, (modules, inputs), weight_bytes, flops)
 
 
 def time_interleaved(
@@ -146,7 +148,7 @@ def time_interleaved(
     times: dict[str, list[float]] = {name: [] for name in parts}
     for number in range(warmup + rounds):
         for name, part in parts.items():
-            taken_ms = _time_ms(part.replay)
+            taken_ms = _time_ms(part.graph.replay)
             if number >= warmup:
                 times[name].append(taken_ms)
     return times

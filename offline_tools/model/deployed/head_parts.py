@@ -243,6 +243,8 @@ class AttendedTokens(nn.Module):
     def __init__(self, config: DiTConfig, layout: TokenLayout) -> None:
         super().__init__()
         self.config, self.layout = config, layout
+        # Computed here and not in `forward`: compilers do not trace NumPy.
+        self.runs, self.live_text = layout.runs, len(layout.text_positions)
 
     @staticmethod
     def inputs(config: DiTConfig, layout: TokenLayout) -> InputShapes:
@@ -258,13 +260,12 @@ class AttendedTokens(nn.Module):
         prefix = self.layout.prefix_length
         runs = [
             (False, 0, prefix),
-            *((is_image, prefix + a, prefix + b) for is_image, a, b in self.layout.runs),
+            *((is_image, prefix + a, prefix + b) for is_image, a, b in self.runs),
         ]
-        live_text = len(self.layout.text_positions)
         return (
             _tokens_of(vl_embs, runs, image=False),
             _tokens_of(vl_embs, runs, image=True),
-            _prefix_bias(prefix_mask, live_text, vl_embs.dtype),
+            _prefix_bias(prefix_mask, self.live_text, vl_embs.dtype),
         )
 
     def forward(self, vl_embs: Tensor, prefix_mask: Tensor) -> dict[int, Attended]:
@@ -351,13 +352,12 @@ class PrefixKeysValues(HoistedKeysValues):
             prefix_text_values: As the keys.
             prefix_mask: Which tokens of the prefix are real, bool, shape (P,).
         """
-        runs = self.layout.runs
-        keys, values = self.text(_tokens_of(vl_embs, runs, image=False))
+        keys, values = self.text(_tokens_of(vl_embs, self.runs, image=False))
         return self._given(
             torch.cat([prefix_text_keys.transpose(2, 3), keys], dim=3),
             torch.cat([prefix_text_values, values], dim=2),
-            _prefix_bias(prefix_mask, len(self.layout.text_positions), vl_embs.dtype),
-            _tokens_of(vl_embs, runs, image=True),
+            _prefix_bias(prefix_mask, self.live_text, vl_embs.dtype),
+            _tokens_of(vl_embs, self.runs, image=True),
         )
 
 
