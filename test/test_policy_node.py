@@ -30,6 +30,7 @@ pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from geometry_msgs.msg import Twist
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import SetParameters
@@ -50,6 +51,7 @@ from groot_int8_ros.policy.prefix_model import compute_prefix
 from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
 from groot_int8_ros.policy.types import Observation
 from groot_int8_ros.policy_node import PolicyNode
+from groot_int8_ros.ros.field_map import FieldMap
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
 DEADLINE_S = 120.0
@@ -459,6 +461,56 @@ def test_unusable_input_is_held_named_and_recovered_from(
             robot.spin(PUBLISH_PERIOD_S)
         assert not robot.chunks, words
         robot.until(lambda: robot.pairs(), f"a chunk after {words!r}", robot.observe)
+
+
+@pytest.mark.parametrize("kind", [JointTrajectory, Twist])
+def test_state_in_a_message_of_the_robots_own_is_read_by_configuration_alone(
+    start_node: StartNode, robot: Robot, kind: type[Any]
+) -> None:
+    # Nested and indexed fields; the second has no header, so that its arrival is its stamp.
+    paths = [f"points[1].positions[{index}]" for index in range(len(robot.joint_names))]
+    if kind is Twist:
+        paths = [f"{part}.{axis}" for part in ("linear", "angular") for axis in "xyz"]
+    fields = dict(zip(robot.joint_names, paths, strict=True))
+    publisher = robot.node.create_publisher(kind, "/test/low_state", 1)
+    field_map = FieldMap(kind, fields)
+    values = dict(zip(robot.joint_names, np.linspace(-0.5, 0.5, len(fields)), strict=True))
+
+    def observe() -> None:
+        stamp = robot.node.get_clock().now().nanoseconds
+        message = kind()
+        if kind is JointTrajectory:
+            message.header.stamp = time_message(stamp)
+        field_map.write(message, np.array([*values.values()]))
+        publisher.publish(message)
+        robot.observe(stamp, skip=("joint_state",))
+
+    start_node(
+        joint_state_topic="/test/low_state",
+        joint_state_type=f"{kind.__module__.split('.')[0]}/msg/{kind.__name__}",
+        joint_state_fields=[f"{name} = {path}" for name, path in fields.items()],
+    )
+    chunk, info = robot.until(lambda: robot.pairs(), "a chunk", observe)[0]
+    robot.positions[info["streams"]["joint_state"]["stamp_ns"]] = values
+    np.testing.assert_allclose(
+        [list(point.positions) for point in chunk.points],
+        robot.expected(info),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_field_that_is_not_in_the_message_fails_configure_with_its_name(
+    start_node: StartNode, robot: Robot
+) -> None:
+    start_node(
+        joint_state_type="geometry_msgs/msg/Twist",
+        joint_state_fields=[f"{name} = linear.w" for name in robot.joint_names],
+    )
+    robot.until(
+        partial(robot.says, "engine", "configuring failed.*no field 'w'; it has x, y, z"),
+        "reason on /diagnostics",
+    )
 
 
 def test_silent_and_stale_streams_are_named_and_recovered_from(

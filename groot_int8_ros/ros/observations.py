@@ -18,8 +18,9 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from groot_int8_ros.errors import FrozenImageError, ObservationError
+from groot_int8_ros.errors import ConfigurationError, FrozenImageError, ObservationError
 from groot_int8_ros.policy.types import Float32Array, JointSpec, Observation, UInt8Array
+from groot_int8_ros.ros.field_map import FieldStateReader, message_class, parse_fields
 from groot_int8_ros.ros.frozen_images import FrozenImageWatch
 from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
 from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
@@ -47,6 +48,24 @@ def _message_type(camera: CameraParameters) -> type[Any]:
     return kinds[camera.transport]
 
 
+def _state_reader(
+    parameters: NodeParameters,
+    state_joints: Mapping[str, Sequence[JointSpec]],
+    kind: type[Any],
+    topic: str,
+) -> JointStateReader | FieldStateReader:
+    fields = parse_fields(parameters.joint_state_fields, "joint_state_fields")
+    if kind is not JointState:
+        return FieldStateReader(state_joints, kind, fields, topic)
+    if fields:
+        raise ConfigurationError(
+            "parameter 'joint_state_fields' is for another message than "
+            f"{parameters.joint_state_type}, whose joints are found by their names; set "
+            "joint_state_type, or leave the fields out"
+        )
+    return JointStateReader(state_joints, topic)
+
+
 def _ros_name(kind: type[Any]) -> str:
     # sensor_msgs.msg._image -> sensor_msgs/msg/Image
     return "/".join([*kind.__module__.split(".")[:2], kind.__name__])
@@ -67,7 +86,8 @@ class ObservationStreams:
         max_frozen_s: `NodeParameters.max_frozen_s`; the node sets it when the parameter changes.
 
     Raises:
-        ConfigurationError: No converter for images can be imported.
+        ConfigurationError: No converter for images can be imported, or the fields of the joint
+            state do not fit its message.
     """
 
     def __init__(
@@ -109,7 +129,15 @@ class ObservationStreams:
             parameters.joint_state_max_skew_s or None,
             "joint_state",
         )
-        inputs.append((joint_state, JointState))
+        joint_state_class = message_class(parameters.joint_state_type)
+        inputs.append((joint_state, joint_state_class))
+        # Before anything is subscribed to: what follows may refuse the parameters.
+        self._joint_states = _state_reader(
+            parameters,
+            state_joints,
+            joint_state_class,
+            node.resolve_topic_name(parameters.joint_state_topic),
+        )
         self._subscriptions = [
             node.create_subscription(
                 kind, stream.topic, partial(self._store, stream.name), self._qos
@@ -124,7 +152,6 @@ class ObservationStreams:
         )
         self._type_names = {stream.name: _ros_name(kind) for stream, kind in inputs}
         self._topics = {stream.name: stream.topic for stream in self.buffer.streams}
-        self._joint_states = JointStateReader(state_joints, self._topics[JOINT_STATE])
 
     @staticmethod
     def qos_of(parameters: NodeParameters) -> QoSProfile:
@@ -239,7 +266,11 @@ class ObservationStreams:
         self._subscriptions.clear()
 
     def _store(self, name: str, message: Any) -> None:
-        stamp = stamp_ns(message.header)
+        # A message of another type may have no header: then its arrival has to do.
+        if hasattr(message, "header"):
+            stamp = stamp_ns(message.header)
+        else:
+            stamp = int(self._node.get_clock().now().nanoseconds)
         self._seen(name, message, stamp)
         self.buffer.store(name, message, stamp)
 

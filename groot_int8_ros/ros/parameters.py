@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, Protocol, TypeVar, get_args
@@ -34,6 +34,7 @@ from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import CameraSpec, JointSpec, JointUnit
 from groot_int8_ros.ros.topics import default_image_topic
 
+JOINT_STATE_TYPE = "sensor_msgs/msg/JointState"
 TRANSPORTS = ("raw", "compressed")
 _UNITS = get_args(JointUnit)
 # Parameters that rclpy declares for every node.
@@ -51,7 +52,9 @@ class NodeParameters:
         seed: Seed of the noise.
         instruction: Task until a message replaces it.
         instruction_topic: Topic of `std_msgs/String` that replaces the instruction.
-        joint_state_topic: Topic of `sensor_msgs/JointState`.
+        joint_state_topic: Topic of the joint state.
+        joint_state_type: Its message; `sensor_msgs/msg/JointState` or any other with `fields`.
+        joint_state_fields: Of another message: lines `joint name = path.to[0].field`.
         chunk_topic: Topic on which chunks are published.
         inference_rate_hz: Most inferences a second.
         max_observation_age_s: Oldest stamp that an observation may contain.
@@ -71,6 +74,8 @@ class NodeParameters:
     instruction: str
     instruction_topic: str
     joint_state_topic: str
+    joint_state_type: str
+    joint_state_fields: Sequence[str]
     chunk_topic: str
     inference_rate_hz: float
     max_observation_age_s: float
@@ -181,8 +186,14 @@ PARAMETERS: Mapping[str, Declaration] = {
     "instruction_topic": Declaration(
         "instruction", "Topic of std_msgs/String that replaces the instruction.", is_topic=True
     ),
-    "joint_state_topic": Declaration(
-        "joint_states", "Topic of sensor_msgs/JointState.", is_topic=True
+    "joint_state_topic": Declaration("joint_states", "Topic of the joint state.", is_topic=True),
+    "joint_state_type": Declaration(
+        JOINT_STATE_TYPE,
+        "Message of the joint state; of any other than sensor_msgs/msg/JointState the fields are "
+        "named by joint_state_fields.",
+    ),
+    "joint_state_fields": Declaration(
+        [""], "Lines like 'left_hip = motor_state[0].q': where each joint's position stands."
     ),
     "chunk_topic": Declaration(
         "~/action_chunk",
