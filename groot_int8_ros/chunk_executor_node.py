@@ -8,7 +8,7 @@ Nothing is commanded until the node is active and `~/enable` was called. Service
 Trigger): `~/enable`, `~/disable`, `~/estop` (latched), `~/reset_estop`.
 
 Deactivate, cleanup, shutdown, an error, SIGINT and SIGTERM stop the robot first: commands slow
-down within their limits, the last ones are holds, and the node waits until they were delivered.
+down within their limits, the last ones are holds, repeated until they were delivered.
 Against SIGKILL there is no such end; `docs/operation.md` says what each controller does when
 commands cease.
 """
@@ -47,8 +47,9 @@ from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
 NODE_NAME = "chunk_executor"
 # How often commitments are published, and so how old one may be when the policy begins.
 _COMMITMENT_PERIOD_S = 0.05
-# How long the node waits for its last holds to be delivered.
-_DELIVERY_S = 0.2
+# How long the node repeats its last hold until it was delivered, and how long it waits each time.
+_DELIVERY_S = 2.0
+_ACKNOWLEDGE_S = 0.05
 
 
 class ChunkExecutorNode(ManagedNode):
@@ -136,24 +137,22 @@ class ChunkExecutorNode(ManagedNode):
         assert executor is not None
         period_s = executor.settings.control_period_s
         end_s = time.monotonic() + self._node_parameters.current.stop_timeout_s
-        commanded = executor.commanding
         executor.disable()
         # A latched stop goes on commanding; here its holds have to end, too.
-        rests = 0
+        commanded, rests = executor.commanding, 0
         while executor.commanding and rests < executor.settings.final_holds:
             started_s = time.monotonic()
             if started_s > end_s:
                 self.get_logger().error(
-                    "the robot has not come to rest within stop_timeout_s; its last command was "
-                    "a braking one. Raise stop_timeout_s or the acceleration limits."
+                    "the robot has not come to rest within stop_timeout_s and is stopped at once; "
+                    "this machine is too slow for its control rate"
                 )
                 break
-            command = self._step()
-            rests = rests + 1 if command.channels and command.resting else 0
+            rests = rests + 1 if self._step().resting else 0
             time.sleep(max(0.0, period_s - (time.monotonic() - started_s)))
-        executor.end()
+        hold = executor.end()
         if commanded:
-            self._wait_for_delivery()
+            self._deliver(hold)
         self._command = None
 
     def _cleanup(self) -> None:
@@ -182,9 +181,7 @@ class ChunkExecutorNode(ManagedNode):
         assert executor is not None
         now_ns, steady_ns = self._now_ns(), time.monotonic_ns()
         before, command = self._command, executor.step(now_ns, steady_ns)
-        for channel in command.channels:
-            writer, publisher = self._writers[channel.name]
-            publisher.publish(writer.write(channel.values, now_ns))
+        self._publish(command)
         self._command = command
         if before is not None and before.mode != command.mode:
             self._tell(command)
@@ -195,6 +192,11 @@ class ChunkExecutorNode(ManagedNode):
                 self._commitments.publish(commitment_message(commitment))
         return command
 
+    def _publish(self, command: Command) -> None:
+        for channel in command.channels:
+            writer, publisher = self._writers[channel.name]
+            publisher.publish(writer.write(channel.values, self._now_ns()))
+
     def _tell(self, command: Command) -> None:
         hold = next((channel.hold for channel in command.channels if channel.hold), None)
         text = f"{command.mode}: {hold.message}" if hold else command.mode
@@ -203,15 +205,33 @@ class ChunkExecutorNode(ManagedNode):
         else:
             self.get_logger().info(text)
 
-    def _wait_for_delivery(self) -> None:
+    def _deliver(self, hold: Command) -> None:
+        """Repeat the last hold until every listener has acknowledged it.
+
+        A reader notices that it missed a message only when another follows, so waiting alone would
+        not bring a lost one back in time.
+        """
         end_s = time.monotonic() + _DELIVERY_S
-        for _, publisher in self._writers.values():
-            left_s = max(0.0, end_s - time.monotonic())
-            try:
-                publisher.wait_for_all_acked(Duration(nanoseconds=round(left_s * 1e9)))
-            except Exception as error:
-                # Not every middleware can tell, and the robot is at rest by now.
-                self.get_logger().warning(f"whether the last hold arrived is not known: {error}")
+        while True:
+            self._publish(hold)
+            heard = [self._acknowledged(publisher) for _, publisher in self._writers.values()]
+            if all(heard):
+                return
+            if time.monotonic() > end_s:
+                self.get_logger().warning(
+                    f"the last hold was not acknowledged by all within {_DELIVERY_S:g} s"
+                )
+                return
+
+    def _acknowledged(self, publisher: Any) -> bool:
+        try:
+            return bool(
+                publisher.wait_for_all_acked(Duration(nanoseconds=round(_ACKNOWLEDGE_S * 1e9)))
+            )
+        except Exception as error:
+            # Not every middleware can tell, and the robot is at rest by now.
+            self.get_logger().warning(f"whether the last hold arrived is not known: {error}")
+            return True
 
     def _on_joint_state(self, message: JointState) -> None:
         assert self._control is not None

@@ -218,14 +218,28 @@ class Executor:
         self._enabled = False
         self._rests = 0
 
-    def end(self) -> None:
+    def end(self) -> Command:
         """Command no more from now on, even where an emergency stop is latched.
 
         For the end of a process or an activation, after `disable` and enough steps to rest.
         Whoever enables again begins where the robot stands then.
+
+        Returns:
+            The hold to leave behind: positions at the last command, velocities zero. Where the
+            robot was not at rest yet, it is a stop at once.
         """
         self._enabled = self._commanding = False
         self._clear_plans(None)
+        channels = []
+        for state in self._channels:
+            if state.motion is None:
+                continue
+            channel, zeros = state.channel, np.zeros(len(state.channel.joints))
+            values = zeros if channel.interface == "velocity" else state.motion.position
+            state.motion = Motion.at_rest(values)
+            hold = Refusal(DISABLED, "commands have ended")
+            channels.append(ChannelCommand(channel.name, values, zeros, hold, False, True))
+        return Command("stopping", tuple(channels))
 
     def estop(self, reason: str) -> None:
         """Hold until `reset_estop`, whatever else happens; the first reason is kept."""

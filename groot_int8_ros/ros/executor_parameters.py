@@ -22,7 +22,7 @@ from rclpy.node import Node
 
 from groot_int8_ros.control.gates import Range
 from groot_int8_ros.control.latency import LatencySettings
-from groot_int8_ros.control.limits import JointLimits
+from groot_int8_ros.control.limits import JointLimits, top_speed
 from groot_int8_ros.control.seams import SEAM_KINDS, SeamKind, SeamSettings
 from groot_int8_ros.control.settings import (
     FIRST_COMMANDS,
@@ -291,6 +291,7 @@ class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
         repeated = [topic for topic in dict.fromkeys(topics) if topics.count(topic) > 1]
         if repeated:
             raise ConfigurationError(f"two channels command on the topic {repeated[0]}")
+        self._check_stop(channels)
         settings = ExecutorSettings(
             channels=tuple(channels),
             control_period_s=1.0 / current.control_rate_hz,
@@ -319,6 +320,23 @@ class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
             final_holds=current.final_holds,
         )
         return settings, outputs
+
+    def _check_stop(self, channels: Sequence[Channel]) -> None:
+        """Refuse a time for stopping that is too short for the limits."""
+        current, period_s = self.current, 1.0 / self.current.control_rate_hz
+        for channel in channels:
+            limits, speed = channel.limits, top_speed(channel.limits, period_s)
+            slowing = limits.acceleration
+            if channel.interface == "velocity":
+                speed, slowing = limits.velocity, np.minimum(slowing, limits.step / period_s)
+            braking_s = float((speed / slowing).max())
+            needed_s = braking_s + (current.final_holds + 1) * period_s
+            if needed_s > current.stop_timeout_s:
+                raise ConfigurationError(
+                    f"channel '{channel.name}' needs up to {needed_s:.2f} s to come to rest, more "
+                    f"than 'stop_timeout_s' = {current.stop_timeout_s:g}; raise it, raise the "
+                    "acceleration limit or lower the velocity limit"
+                )
 
     def _channel(self, name: str) -> tuple[Channel, OutputParameters]:
         prefix = f"channel.{name}"

@@ -192,6 +192,16 @@ def test_estop_is_latched_until_it_is_reset(make_bench: MakeBench) -> None:
     assert bench.executor.counters.estops == 1
 
 
+def test_an_end_in_full_motion_leaves_a_hold_behind(make_bench: MakeBench) -> None:
+    bench = running(make_bench, 0.8)
+    assert np.abs(np.diff(bench.values("base")[-2:], axis=0)).max() > 0.0
+    hold = bench.executor.end()
+    arm, base = hold.channels
+    assert hold.resting
+    assert (arm.values == bench.values()[-1]).all()
+    assert not base.values.any()
+
+
 def test_what_has_ended_commands_nothing_even_while_a_stop_is_latched(
     make_bench: MakeBench,
 ) -> None:

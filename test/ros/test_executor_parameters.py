@@ -109,6 +109,12 @@ def test_wrong_value_is_refused_by_name(make: Make, name: str, value: object) ->
         make(**{name: value}).settings()
 
 
+def test_a_stop_that_takes_longer_than_it_may_is_refused(make: Make) -> None:
+    make(channel__arm__acceleration=[1.5]).settings()
+    with pytest.raises(ConfigurationError, match=r"2\.08 s to come to rest.*stop_timeout_s"):
+        make(channel__arm__acceleration=[1.0]).settings()
+
+
 def test_axes_of_a_twist_are_checked(make: Make) -> None:
     base = {
         "channel__arm__interface": "velocity",
