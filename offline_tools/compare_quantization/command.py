@@ -165,7 +165,9 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
     """Prepare one model at a time; its files are gone when the next one is asked for."""
     if args.bundle:
         bundle = open_bundle(args.bundle)
-        precisions = {record.precision for record in bundle.manifest.graphs.values()}
+        precisions = {
+            bundle.manifest.graphs[name].precision for name in bundle.manifest.engine_graphs
+        }
         if precisions != {"fp32"}:
             raise ConfigurationError(
                 f"{args.bundle} is not in float32 and cannot be the reference: export one with "

@@ -79,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.engine is None and args.engines is None:
         found = {
-            name: audit_graph(bundle.graph_path(name), record.quantization)
-            for name, record in bundle.manifest.graphs.items()
+            name: audit_graph(bundle.graph_path(name), bundle.manifest.graphs[name].quantization)
+            for name in bundle.manifest.engine_graphs
         }
         print("what the ONNX graphs say (an engine may still differ: --engines)")
         for name, verdicts in found.items():

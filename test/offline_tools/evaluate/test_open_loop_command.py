@@ -96,6 +96,17 @@ def _read(output: Path) -> dict[str, Any]:
     return content
 
 
+def test_deployed_graphs_answer_as_the_reference_graphs_do(
+    tiny_bundle: Path, deployed_bundle: Path, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    bundles = ("--bundle", tiny_bundle, deployed_bundle)
+    assert _open_loop(*bundles, "--dataset", tiny_dataset, "--output", tmp_path / "out") == 0
+    _, deployed = _read(tmp_path / "out")["policies"]
+    assert deployed["runs_on"].endswith("deployed graphs, backbone fp32, action_head fp32")
+    # From raw frames, the image chain included, of which a grey level may round otherwise.
+    assert deployed["against"]["relative_l2"] < 1e-3
+
+
 def test_all_forms_of_a_policy_answer_the_same_frames_from_the_same_noise(g1_report: Path) -> None:
     report = _read(g1_report)
     assert [(one["id"], one["asked_at"]) for one in report["trajectories"]] == [
