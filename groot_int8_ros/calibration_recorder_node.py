@@ -144,8 +144,13 @@ class CalibrationRecorderNode(ManagedNode):
         run, engine = None, ""
         if parameters.run_policy:
             engine = parameters.engine
-            self._policy = Policy.load(
-                parameters.bundle_path, engine=engine, threads=parameters.threads or None
+            self._policy = self._beside(
+                lambda: Policy.load(
+                    parameters.bundle_path,
+                    engine=engine,
+                    threads=parameters.threads or None,
+                    progress=self._note_progress,
+                )
             )
             run = partial(_run_on, self._policy)
         writer = CaptureWriter(
@@ -315,12 +320,12 @@ class CalibrationRecorderNode(ManagedNode):
 
     def _recorder(self) -> DiagnosticStatus:
         values: dict[str, Any] = {
-            "lifecycle": self._lifecycle,
+            "lifecycle": self._doing,
             "output": self._node_parameters.current.output,
         }
         if self._recording is None or self._failure:
             level = ERROR if self._failure else STALE
-            return status_message("recorder", level, self._failure or self._lifecycle, values)
+            return status_message("recorder", level, self._failure or self._doing, values)
         report = self._recording.report()
         values |= {
             "kept": report.kept,

@@ -98,7 +98,7 @@ class PolicyNode(ManagedNode):
         parameters = self._node_parameters.current
         folder = parameters.bundle_path
         self.get_logger().info(f"loading bundle {folder} with {parameters.engine}")
-        policy = self._load_policy(parameters)
+        policy = self._beside(lambda: self._load_policy(parameters))
         self._policy = policy
         if isinstance(policy.graphs, ReferenceGraphs):
             self.get_logger().warning(policy.graphs.describe_cost())
@@ -128,7 +128,10 @@ class PolicyNode(ManagedNode):
 
     def _load_policy(self, parameters: NodeParameters) -> Policy:
         return Policy.load(
-            parameters.bundle_path, engine=parameters.engine, threads=parameters.threads or None
+            parameters.bundle_path,
+            engine=parameters.engine,
+            threads=parameters.threads or None,
+            progress=self._note_progress,
         )
 
     def _activate(self) -> None:
@@ -156,7 +159,7 @@ class PolicyNode(ManagedNode):
             self._record,
             self.get_logger(),
         )
-        worker.start()
+        self._beside(worker.start)
         self._worker = worker
 
     def _deactivate(self) -> None:
@@ -230,12 +233,15 @@ class PolicyNode(ManagedNode):
         self._chunks.publish(self._writer.write(chunk))
         self._chunk_info.publish(String(data=json.dumps(info)))
 
+    def _is_hung(self) -> bool:
+        return self._record.report().is_hung
+
     def _report(self) -> DiagnosticArray:
         return diagnostic_array(
             NodeReport(
                 node_name=self.get_fully_qualified_name().lstrip("/"),
                 now_ns=self._now_ns(),
-                lifecycle=self._lifecycle,
+                lifecycle=self._doing,
                 failure=self._failure,
                 engine=self._engine_facts,
                 streams=self._streams.status() if self._streams else [],

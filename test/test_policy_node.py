@@ -42,7 +42,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import DurabilityPolicy, QoSProfile
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import CompressedImage, Image, JointState
-from std_msgs.msg import String
+from std_msgs.msg import Header, String
 from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.policy.bundle import open_bundle
@@ -861,6 +861,39 @@ def test_signal_ends_the_node_cleanly(
     robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
     robot.observe()
     assert node.end(number) == 0
+    assert "Traceback" not in node.text()
+
+
+def test_long_loading_is_told_on_diagnostics_and_a_signal_ends_it(
+    start_node: StartNode, robot: Robot, bundle_copy: Path
+) -> None:
+    # A file that takes minutes to hash and no room on the disk: its end is never reached.
+    padding, size = bundle_copy / "onnx" / "padding.bin", 1 << 37
+    with padding.open("wb") as sparse:
+        sparse.truncate(size)
+    manifest = bundle_copy / "manifest.json"
+    content = json.loads(manifest.read_text())
+    content["files"]["onnx/padding.bin"] = {"sha256": "0" * 64, "bytes": size}
+    manifest.write_text(json.dumps(content))
+
+    heartbeats: list[str] = []
+    robot.node.create_subscription(
+        Header, "/policy_node/heartbeat", lambda message: heartbeats.append(message.frame_id), 10
+    )
+    node = start_node(bundle=str(bundle_copy))
+    done = set()
+
+    def progressing() -> bool:
+        found = re.search(
+            r"^configuring: verifying the bundle, (.*) of 137439.0 MB", robot.status("engine")
+        )
+        if found:
+            done.add(found[1])
+        return len(done) >= 2 and heartbeats.count("configuring") >= 2
+
+    robot.until(progressing, "progress of the verification")
+    assert node.end(signal.SIGTERM) == 0
+    assert "a signal came while verifying" in node.text()
     assert "Traceback" not in node.text()
 
 

@@ -21,7 +21,7 @@ Layout::
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,13 +199,19 @@ class Bundle:
                 )
 
 
-def open_bundle(folder: Path, *, verify_hashes: bool = True) -> Bundle:
+def open_bundle(
+    folder: Path,
+    *,
+    verify_hashes: bool = True,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Bundle:
     """Read a bundle and check that it is whole.
 
     Args:
         folder: The bundle.
         verify_hashes: Read every file and compare its SHA-256. False compares sizes alone, for a
             restart on a robot whose disk is slow.
+        progress: Told what is being done, many times a second. What it raises ends the work.
 
     Raises:
         BundleError: The folder is no bundle, is of another schema, or a file is missing, has
@@ -213,8 +219,15 @@ def open_bundle(folder: Path, *, verify_hashes: bool = True) -> Bundle:
         ProcessorError: The processor files inside it are wrong.
     """
     manifest = _read_manifest(folder)
+    total, done = sum(size for _, size in manifest.files.values()), 0
+
+    def tell(size_bytes: int) -> None:
+        nonlocal done
+        done += size_bytes
+        progress(f"verifying the bundle, {done / 1e6:.1f} of {total / 1e6:.1f} MB")
+
     for name, (sha256, size) in manifest.files.items():
-        _check_file(folder, name, sha256, size, verify_hashes=verify_hashes)
+        _check_file(folder, name, sha256, size, tell if verify_hashes else None)
     processor = load_processor(folder, manifest.embodiment)
     bundle = Bundle(folder=folder, manifest=manifest, processor=processor)
     _check_robot(bundle)
@@ -427,14 +440,19 @@ def _describe(specs: Mapping[str, TensorSpec]) -> str:
     return "{" + ", ".join(f"{name}: {spec.describe()}" for name, spec in specs.items()) + "}"
 
 
-def _check_file(folder: Path, name: str, sha256: str, size: int, *, verify_hashes: bool) -> None:
+def _check_file(
+    folder: Path, name: str, sha256: str, size: int, progress: Callable[[int], None] | None
+) -> None:
+    # Without `progress` the size alone is compared.
     path = folder / name
     again = _EXPORT_AGAIN.format(folder=folder)
     try:
         if not path.is_file():
             raise BundleError(f"the bundle lacks {path}. {again}")
         found = path.stat().st_size
-        changed = verify_hashes and found == size and sha256_of_file(path) != sha256
+        changed = (
+            progress is not None and found == size and sha256_of_file(path, progress) != sha256
+        )
     except OSError as error:
         raise BundleError(f"{path} cannot be read: {error.strerror or error}. {again}") from error
     if found != size:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from groot_int8_ros.errors import OutputError
@@ -35,12 +35,18 @@ _WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 _LOG = logging.getLogger(__name__)
 
 
-def sha256_of_file(path: Path) -> str:
-    """Return the SHA-256 of a file's content as 64 hexadecimal digits."""
+def sha256_of_file(path: Path, progress: Callable[[int], None] = lambda size_bytes: None) -> str:
+    """Return the SHA-256 of a file's content as 64 hexadecimal digits.
+
+    Args:
+        path: The file.
+        progress: Called with the size of each block that was read. What it raises ends the work.
+    """
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(_HASH_BLOCK_BYTES):
             digest.update(block)
+            progress(len(block))
     return digest.hexdigest()
 
 

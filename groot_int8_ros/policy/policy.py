@@ -8,7 +8,7 @@ calibration and the evaluation all run this code.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +96,7 @@ class Policy:
         verify_hashes: bool = True,
         denoising_steps: int | None = None,
         int8_kernels: bool = False,
+        progress: Callable[[str], None] = lambda text: None,
     ) -> Policy:
         """Verify a bundle and load it.
 
@@ -106,6 +107,7 @@ class Policy:
             verify_hashes: See `open_bundle`.
             denoising_steps: Euler steps, at least 1; those of the bundle if None.
             int8_kernels: See `load_engine`.
+            progress: Told what is being done, many times a second. What it raises ends the work.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another schema.
@@ -114,12 +116,14 @@ class Policy:
             ConfigurationError: `denoising_steps` is below 1, or another number than deployed
                 graphs have unrolled.
         """
-        opened = open_bundle(bundle, verify_hashes=verify_hashes)
+        opened = open_bundle(bundle, verify_hashes=verify_hashes, progress=progress)
         if denoising_steps is not None:
             opened = _with_steps(opened, denoising_steps)
         engines: dict[str, Engine] = {}
         try:
-            for name in opened.manifest.engine_graphs:
+            names = opened.manifest.engine_graphs
+            for number, name in enumerate(names, 1):
+                progress(f"loading {name} with {engine}, {number} of {len(names)}")
                 engines[name] = load_engine(
                     engine,
                     opened.graph_path(name),

@@ -7,9 +7,13 @@ the instruction and the inference. Must not import the policy's engines. It stan
 
 from __future__ import annotations
 
+import bisect
+import contextlib
+import math
 import threading
+import time
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +23,10 @@ from groot_int8_ros.ros.joints import time_message
 from groot_int8_ros.ros.observation_buffer import FROZEN, Hold, StreamStatus, stamp_fault
 
 HARDWARE_ID = "groot_int8_ros"
+# Upper edges; the slowest measured whole inference on a board is below half a second.
+HISTOGRAM_EDGES_MS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, math.inf)
+# An inference that takes longer than this is reported as hung; the node goes on waiting for it.
+HUNG_AFTER_S = 10.0
 
 OK: bytes = DiagnosticStatus.OK
 WARN: bytes = DiagnosticStatus.WARN
@@ -34,11 +42,14 @@ class Latency:
         last_s: Of the newest inference.
         mean_s: Over all inferences.
         max_s: Slowest.
+        histogram: Number of inferences by upper edge in milliseconds, of the edges that have any;
+            the last edge is infinite.
     """
 
     last_s: float
     mean_s: float
     max_s: float
+    histogram: Mapping[float, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class InferenceReport:
         hold: Why the newest attempt gave no chunk, or None.
         checked_instruction: What was found of the instruction that was checked last.
         latencies: Stage to its wall times; the warm-up is not counted.
+        busy_s: How long the inference under way has taken, or None if there is none.
     """
 
     state: str = "stopped"
@@ -77,6 +89,12 @@ class InferenceReport:
     hold: Hold | None = None
     checked_instruction: InstructionCheck = InstructionCheck(None)
     latencies: Mapping[str, Latency] = field(default_factory=dict)
+    busy_s: float | None = None
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether the inference under way takes longer than any could."""
+        return self.busy_s is not None and self.busy_s > HUNG_AFTER_S
 
 
 class InferenceRecord:
@@ -93,6 +111,8 @@ class InferenceRecord:
         self._latest_s: dict[str, float] = {}
         self._total_s: defaultdict[str, float] = defaultdict(float)
         self._max_s: dict[str, float] = {}
+        self._histograms: defaultdict[str, Counter[float]] = defaultdict(Counter)
+        self._busy_since_s: float | None = None
 
     def enter(self, state: str) -> None:
         """Note what the worker is doing now."""
@@ -110,6 +130,17 @@ class InferenceRecord:
         """Count an inference that raised."""
         with self._lock:
             self._errors[type(error).__name__] += 1
+
+    @contextlib.contextmanager
+    def inferring(self) -> Iterator[None]:
+        """Note that an inference is under way while the block lasts."""
+        with self._lock:
+            self._busy_since_s = time.monotonic()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._busy_since_s = None
 
     @property
     def chunks(self) -> int:
@@ -138,6 +169,8 @@ class InferenceRecord:
                 self._latest_s[stage] = seconds
                 self._total_s[stage] += seconds
                 self._max_s[stage] = max(seconds, self._max_s.get(stage, 0.0))
+                edge = HISTOGRAM_EDGES_MS[bisect.bisect_left(HISTOGRAM_EDGES_MS, seconds * 1e3)]
+                self._histograms[stage][edge] += 1
 
     def report(self) -> InferenceReport:
         """Return the counts so far."""
@@ -151,10 +184,16 @@ class InferenceRecord:
                 checked_instruction=self._checked_instruction,
                 latencies={
                     stage: Latency(
-                        seconds, self._total_s[stage] / self._chunks, self._max_s[stage]
+                        seconds,
+                        self._total_s[stage] / self._chunks,
+                        self._max_s[stage],
+                        dict(sorted(self._histograms[stage].items())),
                     )
                     for stage, seconds in self._latest_s.items()
                 },
+                busy_s=(
+                    None if self._busy_since_s is None else time.monotonic() - self._busy_since_s
+                ),
             )
 
 
@@ -281,6 +320,12 @@ def _inference(report: InferenceReport) -> DiagnosticStatus:
         values[f"{stage} last ms"] = f"{latency.last_s * 1e3:.3f}"
         values[f"{stage} mean ms"] = f"{latency.mean_s * 1e3:.3f}"
         values[f"{stage} max ms"] = f"{latency.max_s * 1e3:.3f}"
+        values[f"{stage} histogram ms"] = ", ".join(
+            f"<={edge:g}: {count}" for edge, count in latency.histogram.items()
+        )
+    if report.is_hung:
+        message = f"hung: the inference under way has not returned for {report.busy_s:.0f} s"
+        return status_message("inference", ERROR, message, values)
     if report.hold:
         message = f"holding: {report.hold.reason}: {report.hold.message}"
         return status_message("inference", ERROR if report.errors else WARN, message, values)

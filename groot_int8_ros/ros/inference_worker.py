@@ -194,7 +194,8 @@ class InferenceWorker:
         # Whatever becomes of it: what failed once on these messages fails on them again.
         self._buffer.mark_used(found)
         try:
-            hold = self._infer_and_publish(found, instruction, parameters.seed)
+            with self._record.inferring():
+                hold = self._infer_and_publish(found, instruction, parameters.seed)
         except FrozenImageError as error:
             hold = Hold(FROZEN, str(error))
         except ObservationError as error:

@@ -4,8 +4,13 @@ Owns: `ManagedNode` and `run_node`. Must not import the policy: what a node does
 is the node's own business.
 
 A transition that fails says why in the log and on `/diagnostics` and leaves the node where it
-was, ready to be tried again. SIGINT and SIGTERM end the node through its `close`, before the ROS
-context goes.
+was, ready to be tried again. rclpy runs transitions inside callbacks, so the executor's thread is
+not free before one ends: what takes long goes through `_beside`, which does it in another thread
+and keeps `/diagnostics` going meanwhile. SIGINT and SIGTERM end the node through its `close`,
+before the ROS context goes, and end such work at its next report of progress.
+
+`~/heartbeat` comes once a second with `/diagnostics`, as a `std_msgs/Header` whose `frame_id` is
+what the node is doing. It stays away when the executor's thread or what the node watches hangs.
 """
 
 from __future__ import annotations
@@ -14,7 +19,8 @@ import signal
 import threading
 import traceback
 from collections.abc import Callable
-from typing import Any
+from concurrent.futures import Future, wait
+from typing import Any, TypeVar
 
 import rclpy
 import rclpy.logging
@@ -25,8 +31,10 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, LifecycleState, TransitionCallbackReturn
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from std_msgs.msg import Header
 
 from groot_int8_ros.errors import GrootError
+from groot_int8_ros.ros.joints import time_message
 from groot_int8_ros.ros.observation_buffer import BACKWARD_JUMP_S
 
 DIAGNOSTICS_PERIOD_S = 1.0
@@ -36,6 +44,13 @@ _SIGNAL_CHECK_S = 0.1
 RELIABLE = QoSProfile(
     depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE
 )
+
+
+T = TypeVar("T")
+
+
+class InterruptedTransitionError(GrootError):
+    """A signal came while a transition was under way."""
 
 
 class ManagedNode(LifecycleNode):
@@ -55,9 +70,13 @@ class ManagedNode(LifecycleNode):
         super().__init__(name, automatically_declare_parameters_from_overrides=True, **options)
         self._lifecycle = "unconfigured"
         self._failure: str | None = None
+        self._progress = ""
+        # Set by `run_node` on a signal.
+        self.interrupted = threading.Event()
 
     def _start(self, *, autostart: bool) -> None:
         """Begin diagnostics, watch for time jumps, and configure and activate if asked to."""
+        self._heartbeat = self.create_publisher(Header, "~/heartbeat", RELIABLE)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", RELIABLE)
         # With use_sim_time and no /clock, a timer on the node's own clock would never fire.
         self._steady = Clock(clock_type=ClockType.STEADY_TIME)
@@ -160,11 +179,55 @@ class ManagedNode(LifecycleNode):
         self._publish_diagnostics()
         return result
 
+    def _beside(self, work: Callable[[], T]) -> T:
+        """Do `work` in a thread of its own, publish diagnostics meanwhile, and return its result.
+
+        Args:
+            work: Must not use the node but for `_note_progress`.
+        """
+        done: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                done.set_result(work())
+            except BaseException as error:
+                done.set_exception(error)
+
+        # Not a pool's thread: the interpreter would wait for that at its end.
+        threading.Thread(target=run, name="beside", daemon=True).start()
+        while not wait([done], DIAGNOSTICS_PERIOD_S).done:
+            self._publish_diagnostics()
+        self._progress = ""
+        return done.result()
+
+    def _note_progress(self, progress: str) -> None:
+        """Note what a transition is doing; may be called from any thread.
+
+        Raises:
+            InterruptedTransitionError: A signal has come; the work is to be given up.
+        """
+        self._progress = progress
+        if self.interrupted.is_set():
+            raise InterruptedTransitionError(f"a signal came while {progress}")
+
+    @property
+    def _doing(self) -> str:
+        """The lifecycle state, or the transition and how far it is."""
+        return f"{self._lifecycle}: {self._progress}" if self._progress else self._lifecycle
+
+    def _is_hung(self) -> bool:
+        """Whether something that the node watches has not returned for too long."""
+        return False
+
     def _now_ns(self) -> int:
         return int(self.get_clock().now().nanoseconds)
 
     def _publish_diagnostics(self) -> None:
         self._diagnostics.publish(self._report())
+        if not self._is_hung():
+            self._heartbeat.publish(
+                Header(stamp=time_message(self._now_ns()), frame_id=self._lifecycle)
+            )
 
     def _autostart(self) -> None:
         assert self._autostart_timer is not None
@@ -188,10 +251,18 @@ def run_node(make: Callable[[], ManagedNode], name: str, args: list[str] | None)
     # leave a note, and the node is closed first.
     rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
     stopping = threading.Event()
+    nodes: list[ManagedNode] = []
+
+    def stop(*_: object) -> None:
+        stopping.set()
+        for made in nodes:
+            made.interrupted.set()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopping.set())
+        signal.signal(number, stop)
     try:
         node = make()
+        nodes.append(node)
     except GrootError as error:
         rclpy.logging.get_logger(name).fatal(str(error))
         rclpy.shutdown()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from groot_int8_ros.errors import BundleError, EngineError, ProcessorError
+from groot_int8_ros.errors import BundleError, EngineError, GrootError, ProcessorError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines import load_engine
 from groot_int8_ros.policy.policy import Policy
@@ -335,3 +336,22 @@ def test_graph_that_cannot_be_loaded_is_an_engine_error(
     reseal(bundle_copy)
     with pytest.raises(EngineError, match=r"ONNX Runtime cannot load .*conditioner\.onnx"):
         Policy.load(bundle_copy)
+
+
+def test_progress_goes_from_nothing_to_the_whole_bundle_and_may_end_the_work(
+    tiny_bundle: Path,
+) -> None:
+    told: list[str] = []
+    open_bundle(tiny_bundle, progress=told.append)
+    shares = [re.search(r"bundle, (.*) of (.*) MB", text) for text in told]
+    done = [float(share[1]) for share in shares if share]
+    assert len(done) == len(told) >= len(open_bundle(tiny_bundle).manifest.files)
+    assert done == sorted(done)
+    assert shares[-1] is not None
+    assert shares[-1][1] == shares[-1][2]
+
+    def give_up(text: str) -> None:
+        raise GrootError(text)
+
+    with pytest.raises(GrootError, match=r"^verifying the bundle"):
+        Policy.load(tiny_bundle, progress=give_up)

@@ -8,6 +8,7 @@ pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
 from diagnostic_msgs.msg import DiagnosticStatus
 
+from groot_int8_ros.ros import diagnostics
 from groot_int8_ros.ros.diagnostics import (
     InferenceRecord,
     InstructionCheck,
@@ -66,6 +67,29 @@ def test_latency_is_kept_per_stage_and_holds_are_counted_by_reason() -> None:
     assert (found["chunks"], found["holds: stale"], found["holds: skewed"]) == ("3", "2", "1")
     stage = [float(found[f"backbone {kind} ms"]) for kind in ("last", "mean", "max")]
     assert stage == pytest.approx([20.0, 20.0, 30.0])
+
+
+def test_histogram_counts_every_inference_in_the_bucket_of_its_time() -> None:
+    record = InferenceRecord()
+    for seconds in (0.0010, 0.0011, 0.020, 0.0201, 0.4, 7.0, 90.0):
+        record.published({"total": seconds})
+    found = values(statuses(record)["inference"])["total histogram ms"]
+    assert found == "<=1: 1, <=2: 1, <=20: 1, <=50: 1, <=500: 1, <=inf: 2"
+
+
+def test_inference_that_does_not_return_is_an_error_and_one_that_has_is_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    record = InferenceRecord()
+    record.published({})
+    monkeypatch.setattr(diagnostics, "HUNG_AFTER_S", 0.0)
+    with record.inferring():
+        status = statuses(record)["inference"]
+        assert status.level == DiagnosticStatus.ERROR
+        assert "hung" in status.message
+        assert record.report().is_hung
+    assert statuses(record)["inference"].level == DiagnosticStatus.OK
+    assert not record.report().is_hung
 
 
 def test_hold_ends_with_the_next_chunk() -> None:
