@@ -38,6 +38,7 @@ from offline_tools.engine.calibrator import (
 )
 from offline_tools.engine.library import Library
 from offline_tools.engine.progress import heartbeat, make_progress_monitor
+from offline_tools.quantize.layers import as_layer
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -321,6 +322,9 @@ def configure_precision(
     trt = library.trt
     float32 = _float32_values(build.graph)
     mixed = float32 is not None
+    if float32 is None and (build.calibration is not None or build.precision != "fp32"):
+        # The image chain's whole numbers reach 2 ** 24: in FP16 nothing of a picture is left.
+        float32 = _image_chain_values(build.graph)
     if build.calibration is not None:
         flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
     elif build.precision == "int8":
@@ -329,7 +333,7 @@ def configure_precision(
         flags = {"fp32": [], "fp16": ["FP16"], "bf16": ["BF16"]}[build.precision]
     for name in flags:
         config.set_flag(getattr(trt.BuilderFlag, name))
-    held = _hold_float32(trt, network, float32) if float32 is not None else 0
+    held = _hold_float32(trt, network, float32) if float32 else 0
     if held:
         config.set_flag(trt.BuilderFlag.OBEY_PRECISION_CONSTRAINTS)
         flags.append(f"{held} layers held in float32")
@@ -370,6 +374,21 @@ def _float32_values(graph: Path) -> frozenset[str] | None:
             if value.dtype == ir.DataType.FLOAT and value.name and not dequantised:
                 float32.add(value.name)
     return frozenset(float32) if has_float16 else None
+
+
+def _image_chain_values(graph: Path) -> frozenset[str]:
+    """Return what a graph computes of its camera frames before the first layer; often nothing."""
+    import onnx_ir as ir
+
+    model = ir.load(graph)
+    reached = {value.name for value in model.graph.inputs if value.dtype == ir.DataType.UINT8}
+    frames = frozenset(reached)
+    for node in model.graph:
+        if as_layer(node) is None and any(
+            value is not None and value.name in reached for value in node.inputs
+        ):
+            reached |= {value.name for value in node.outputs}
+    return frozenset(name for name in reached - frames if name)
 
 
 def _hold_float32(trt: Any, network: Any, float32: frozenset[str]) -> int:
