@@ -126,6 +126,14 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.demo.make_checkpoint",
         "generate an N1.6-shaped checkpoint with random weights for a dataset's robot",
     ),
+    "closed-loop": (
+        "offline_tools.closed_loop.command",
+        "let a bundle do its task on the simulated robot, and count how often it does",
+    ),
+    "train-small": (
+        "offline_tools.training.command",
+        "train a small policy of N1.6's architecture on the simulated robot",
+    ),
     "add-outliers": (
         "offline_tools.compare_quantization.add_outliers",
         "copy a checkpoint and give it the activation outliers of a real one",

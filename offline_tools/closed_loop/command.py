@@ -1,0 +1,186 @@
+"""`groot-int8 closed-loop`: how often a bundle's policy does its task on the simulated robot.
+
+Owns: the subcommand, its file of results and the table. One line a finished episode is appended
+to the file, so an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from groot_int8_ros.control.seams import SEAM_KINDS, SeamSettings
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import MANIFEST_FILE
+from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.types import UInt8Array
+from offline_tools.arguments import positive_float, positive_int, seed
+from offline_tools.closed_loop.episode import ChunkPolicy, LoopSettings, run_episode
+from offline_tools.simulation.environment import Tabletop
+from offline_tools.simulation.robot import robot_description
+from offline_tools.simulation.tasks import TASKS, other_task
+
+_Z_95 = 1.959964
+_FILM_COLUMNS = 10
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the subcommand's options."""
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--bundle", type=Path, help="bundle of the simulated robot")
+    source.add_argument(
+        "--checkpoint", type=Path, help="a checkpoint of its policy: PyTorch in float32"
+    )
+    parser.add_argument("--episodes", type=positive_int, default=100, help="default: %(default)s")
+    parser.add_argument(
+        "--first-seed", type=seed, default=0, help="of the scenes (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--wrong-instruction",
+        action="store_true",
+        help="tell the policy of another cube and plate; success is of the asked task still",
+    )
+    parser.add_argument("--denoising-steps", type=positive_int, help="default: the bundle's own")
+    parser.add_argument(
+        "--latency-s", type=float, default=0.0, help="of an inference (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--inference-period-s",
+        type=positive_float,
+        default=0.2,
+        help="from one observation to the next, at least (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seam",
+        choices=[kind for kind in SEAM_KINDS if kind != "rtc"],
+        default="linear_blend",
+        help="how the executor goes from chunk to chunk (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="file of results, one JSON line an episode")
+    parser.add_argument("--film", type=Path, help="picture of the first episode to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the episodes that the file of results lacks, and print the table."""
+    if not 0.0 <= args.latency_s <= 1.0:
+        raise ConfigurationError("--latency-s must be from 0 to 1: chunks reach 1.5 s ahead")
+    settings = LoopSettings(
+        inference_period_s=args.inference_period_s,
+        latency_s=args.latency_s,
+        seam=SeamSettings(args.seam),
+        seed=args.seed,
+        stop_at_success=not args.wrong_instruction,
+    )
+    policy, setup = _policy(args)
+    simulation = Tabletop()
+    setup = {**setup, "wrong_instruction": args.wrong_instruction, **asdict(settings)}
+    done = _read(args.output, setup) if args.output else {}
+    for number in range(args.first_seed, args.first_seed + args.episodes):
+        if number in done:
+            continue
+        asked = TASKS[number % len(TASKS)]
+        told = other_task(asked, number // len(TASKS)) if args.wrong_instruction else asked
+        film: list[UInt8Array] = []
+
+        def keep(frames: Mapping[str, UInt8Array], film: list[UInt8Array] = film) -> None:
+            film.append(np.concatenate(list(frames.values())))
+
+        filmed = args.film is not None and number == args.first_seed
+        result = run_episode(
+            simulation, policy, number, asked, told, settings, keep if filmed else None
+        )
+        done[number] = {"seed": number, **asdict(result)}
+        if args.output:
+            with args.output.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(done[number]) + "\n")
+        if film:
+            _write_film(args.film, film)
+            print(f"{args.film}: {told.instruction}")
+    _print([done[number] for number in sorted(done)], args.wrong_instruction)
+    simulation.close()
+    return 0
+
+
+def _policy(args: argparse.Namespace) -> tuple[ChunkPolicy, dict[str, Any]]:
+    """Return the policy and what tells its results from those of another."""
+    if args.bundle:
+        policy = Policy.load(args.bundle, denoising_steps=args.denoising_steps)
+        digest = hashlib.sha256((args.bundle / MANIFEST_FILE).read_bytes()).hexdigest()
+        return policy, {
+            "bundle": digest,
+            "denoising_steps": policy.manifest.denoising_steps,
+        }
+    from offline_tools.closed_loop.torch_policy import TorchPolicy
+
+    torch_policy = TorchPolicy(args.checkpoint, robot_description(), args.denoising_steps)
+    digest = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
+    return torch_policy, {
+        "checkpoint": digest,
+        "denoising_steps": torch_policy.denoising_steps,
+    }
+
+
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22)."""
+    share = successes / trials
+    spread = _Z_95**2 / trials
+    middle = (share + spread / 2.0) / (1.0 + spread)
+    half = (
+        _Z_95 * math.sqrt(share * (1.0 - share) / trials + spread / (4.0 * trials)) / (1 + spread)
+    )
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def _read(path: Path, setup: dict[str, Any]) -> dict[int, dict[str, Any]]:
+    """Return the finished episodes, or begin the file."""
+    head = json.dumps({"setup": setup}, sort_keys=True)
+    if not path.exists():
+        path.write_text(head + "\n", encoding="utf-8")
+        return {}
+    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
+    lines = whole.splitlines()
+    if not lines or lines[0] != head:
+        raise ConfigurationError(
+            f"{path} holds results of another bundle or of other options. Give another --output, "
+            "or delete it."
+        )
+    if cut:  # a kill in the middle of a line
+        path.write_text(whole + "\n", encoding="utf-8")
+    results = [json.loads(line) for line in lines[1:]]
+    return {result["seed"]: result for result in results}
+
+
+def _print(results: Sequence[dict[str, Any]], wrong: bool) -> None:
+    count = len(results)
+    for key, title in (("success", "asked task"), ("told_success", "told task")):
+        if key == "told_success" and not wrong:
+            continue
+        successes = sum(result[key] for result in results)
+        low, high = wilson_interval(successes, count)
+        print(
+            f"{title}: {successes} of {count} episodes, {100 * successes / count:.0f} % "
+            f"(95 % interval {100 * low:.0f} to {100 * high:.0f} %)"
+        )
+    times = [result["time_s"] for result in results if result["success"]]
+    if times:
+        print(f"time to success: median {np.median(times):.1f} s, longest {max(times):.1f} s")
+    print(f"largest step of a command: {max(r['largest_step_rad'] for r in results):.3f} rad")
+    print(f"jerk, root mean square: {np.mean([r['jerk_rad_s3'] for r in results]):.1f} rad/s³")
+    print(f"held: {sum(r['held_s'] for r in results) / count:.2f} s an episode")
+
+
+def _write_film(path: Path, film: Sequence[UInt8Array]) -> None:
+    """Write evenly spaced frames side by side, the front camera over the wrist's."""
+    chosen = np.linspace(0, len(film) - 1, min(_FILM_COLUMNS, len(film))).round().astype(int)
+    strip = Image.fromarray(np.concatenate([film[index] for index in chosen], axis=1))
+    strip.resize((strip.width // 2, strip.height // 2), Image.Resampling.BOX).save(path)

@@ -1,0 +1,1 @@
+"""Training a small policy of N1.6's architecture on the simulated robot's demonstrations."""
