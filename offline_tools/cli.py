@@ -117,6 +117,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "turn a LeRobot v2.1 episode into a rosbag2",
     ),
     "play-bag": ("offline_tools.bags.play_bag", "publish a rosbag2 through rclpy, with /clock"),
+    "measure-dds": (
+        "offline_tools.measure_dds.command",
+        "count the camera frames that arrive whole between processes, for each transport",
+    ),
     "make-dataset": ("offline_tools.demo.make_dataset", "generate episodes of an arm"),
     "make-sim-dataset": (
         "offline_tools.simulation.dataset_command",

@@ -18,6 +18,7 @@ from offline_tools.doctor.machine import (
     examine_bundle,
     examine_clock,
     examine_engine,
+    examine_middleware,
     examine_power,
 )
 from offline_tools.parameter_file import read_parameter_file
@@ -83,6 +84,7 @@ def _examine(args: argparse.Namespace) -> Iterator[Finding]:
                     "source the ROS 2 distribution first, or give --offline",
                 )
             else:
+                yield examine_middleware()
                 system = stack.enter_context(System(args.node, args.seconds))
                 told, found = system.parameters()
                 yield from found

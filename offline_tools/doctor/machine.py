@@ -6,6 +6,7 @@ and the device alone, no engine is loaded.
 
 from __future__ import annotations
 
+import os
 import re
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     read_engine_manifest,
     rebuild_command,
 )
+from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor.findings import Finding, Level
 
 # A board without a battery for its clock starts in the past.
@@ -42,6 +44,29 @@ def examine_clock() -> Finding:
             "set it (timedatectl, chrony): a jump while the robot runs drops observations",
         )
     return Finding(Level.OK, "system clock", date)
+
+
+def examine_middleware() -> Finding:
+    """Check the variables that decide whether large images come whole, as they are set here."""
+    transports, reach = (os.environ.get(name) for name in (TRANSPORTS_VARIABLE, RANGE_VARIABLE))
+    middleware = os.environ.get("RMW_IMPLEMENTATION", "rmw_fastrtps_cpp")
+    if middleware != "rmw_fastrtps_cpp":
+        return Finding(Level.OK, "middleware", f"{middleware}, of which nothing is known here")
+    if transports and reach == "LOCALHOST":
+        return Finding(
+            Level.WARNING,
+            "middleware",
+            f"{RANGE_VARIABLE} is LOCALHOST, so {TRANSPORTS_VARIABLE} has no effect",
+            f"unset {RANGE_VARIABLE} for the node and the drivers (docs/dds.md)",
+        )
+    if not transports:
+        return Finding(
+            Level.WARNING,
+            "middleware",
+            f"{TRANSPORTS_VARIABLE} is not set here: several raw cameras would lose most frames",
+            "set it for the node and the drivers, as config/policy.yaml says",
+        )
+    return Finding(Level.OK, "middleware", f"{TRANSPORTS_VARIABLE} is {transports}")
 
 
 def examine_bundle(

@@ -239,6 +239,7 @@ def test_the_process_that_owns_commands_loads_no_policy_and_no_engine(
         "open-loop",
         "play-bag",
         "doctor",
+        "measure-dds",
         "chunk-replay",
         "executor-params",
     ],

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
+from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor import machine
 from offline_tools.doctor.findings import Finding, Level, exit_code
 from offline_tools.doctor.machine import examine_bundle, examine_engine, examine_power
@@ -56,6 +57,27 @@ def test_power_mode_that_cannot_be_read_is_not_passed_off_as_fine(
     assert examine_power(jetson(tmp_path, status)).level is Level.UNCHECKED
     (tmp_path / "etc/nvpmodel.conf").unlink()
     assert examine_power(tmp_path).level is Level.UNCHECKED
+
+
+@pytest.mark.parametrize(
+    ("transports", "reach", "words"),
+    [
+        ("LARGE_DATA", "LOCALHOST", "no effect"),
+        (None, None, "not set"),
+        ("LARGE_DATA", None, None),
+    ],
+)
+def test_transport_setting_without_effect_is_told(
+    monkeypatch: pytest.MonkeyPatch, transports: str | None, reach: str | None, words: str | None
+) -> None:
+    monkeypatch.delenv("RMW_IMPLEMENTATION", raising=False)
+    for name, value in ((TRANSPORTS_VARIABLE, transports), (RANGE_VARIABLE, reach)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    found = machine.examine_middleware()
+    assert found.level is (Level.OK if words is None else Level.WARNING)
+    assert (words or "LARGE_DATA") in found.message
 
 
 def test_missing_bundle_is_unchecked_and_a_wrong_one_a_fault(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""`groot-int8 measure-dds`: which transport of Fast DDS keeps camera frames whole."""
