@@ -95,7 +95,12 @@ def _examine(args: argparse.Namespace) -> Iterator[Finding]:
         )
         yield from found
         if bundle is not None:
-            yield from examine_engine(bundle, _engine(values), verify_hashes=not args.no_hashes)
+            yield from examine_engine(
+                bundle,
+                _engine(values),
+                verify_hashes=not args.no_hashes,
+                is_loaded=system is not None and system.is_loaded,
+            )
         if system is not None:
             yield from system.examine(values, bundle.manifest.robot if bundle else None)
 

@@ -107,13 +107,17 @@ def examine_bundle(
     return bundle, findings
 
 
-def examine_engine(bundle: Bundle, kind: str, *, verify_hashes: bool) -> list[Finding]:
+def examine_engine(
+    bundle: Bundle, kind: str, *, verify_hashes: bool, is_loaded: bool = False
+) -> list[Finding]:
     """Check that the engine that the node will load is there and belongs here.
 
     Args:
         bundle: The bundle.
         kind: The node's parameter `engine`.
         verify_hashes: Read the engines and compare their hashes.
+        is_loaded: Whether a running node holds the engines already; what is free then need not
+            suffice for another.
     """
     if kind not in ENGINE_KINDS:
         return [
@@ -125,7 +129,7 @@ def examine_engine(bundle: Bundle, kind: str, *, verify_hashes: bool) -> list[Fi
             )
         ]
     if kind == "onnxruntime":
-        return [_onnxruntime(), *_memory(_graph_bytes(bundle), "the graphs' weights")]
+        return [_onnxruntime(), _memory(_graph_bytes(bundle), "the graphs' weights", is_loaded)]
     try:
         trt, cuda = import_tensorrt(), Cuda()
         device = cuda.device()
@@ -139,7 +143,7 @@ def examine_engine(bundle: Bundle, kind: str, *, verify_hashes: bool) -> list[Fi
     what = f"TensorRT {trt.__version__}, {device.describe()}: {len(manifests)} engines fit"
     return [
         Finding(Level.OK, "engine", what),
-        *_memory(needed, "weights and activations", cuda.free_bytes()),
+        _memory(needed, "weights and activations", is_loaded, cuda.free_bytes()),
     ]
 
 
@@ -189,23 +193,22 @@ def _graph_bytes(bundle: Bundle) -> int:
     )
 
 
-def _memory(needed: int, what: str, free: int | None = None) -> list[Finding]:
+def _memory(needed: int, what: str, is_loaded: bool, free: int | None = None) -> Finding:
     free = available_host_bytes() if free is None else free
     if free is None:
-        return [Finding(Level.UNCHECKED, "memory", "the kernel does not say what is free")]
+        return Finding(Level.UNCHECKED, "memory", "the kernel does not say what is free")
     text = f"{needed / _GIB:.2f} GiB for {what}, {free / _GIB:.2f} GiB free"
+    if is_loaded:
+        return Finding(Level.OK, "memory", f"{text} beside the node, which has loaded them")
     if needed > free:
-        return [
-            Finding(
-                Level.FAULT,
-                "memory",
-                text,
-                "where the policy is loaded already this is no fault; else stop other processes "
-                "(on a Jetson also the desktop: sudo systemctl isolate multi-user.target) or "
-                "use an INT8 bundle",
-            )
-        ]
-    return [Finding(Level.OK, "memory", text)]
+        return Finding(
+            Level.FAULT,
+            "memory",
+            text,
+            "stop other processes (on a Jetson also the desktop: sudo systemctl isolate "
+            "multi-user.target), or use an INT8 bundle",
+        )
+    return Finding(Level.OK, "memory", text)
 
 
 def examine_power(root: Path = Path("/")) -> Finding:

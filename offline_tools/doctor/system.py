@@ -96,6 +96,11 @@ class System:
     def _full_name(self) -> str:
         return f"{self._namespace.rstrip('/')}/{self._name}"
 
+    @property
+    def is_loaded(self) -> bool:
+        """Whether the policy node has loaded its bundle; known after `parameters`."""
+        return self._state in {"inactive", "active"}
+
     def parameters(self) -> tuple[dict[str, Any], list[Finding]]:
         """Ask the policy node for its parameters.
 
@@ -219,7 +224,7 @@ class System:
 
     def _subscribed_topics(self) -> set[str] | None:
         """What the policy node listens to, or None while it is not there or not configured."""
-        if self._state not in {"inactive", "active"}:
+        if not self.is_loaded:
             return None
         topics = self._probe.get_subscriber_names_and_types_by_node(self._name, self._namespace)
         return {name for name, _ in topics}

@@ -115,6 +115,9 @@ def test_bundle_larger_than_the_free_memory_is_a_fault(
         monkeypatch.setattr(machine, "available_host_bytes", lambda free=free: free)
         _, memory = examine_engine(bundle, "onnxruntime", verify_hashes=True)
         assert (memory.subject, memory.level) == ("memory", level)
+    # A node that has loaded it took that memory itself.
+    _, memory = examine_engine(bundle, "onnxruntime", verify_hashes=True, is_loaded=True)
+    assert memory.level is Level.OK
 
 
 def test_a_finding_is_one_line_whatever_its_message() -> None:
