@@ -245,6 +245,10 @@ def test_a_weight_that_every_denoising_step_uses_is_stored_once_with_a_scale_a_s
     stored = [tensor for tensor in graph.initializer if tensor.data_type == onnx.TensorProto.INT8]
     assert [tensor.name for tensor in stored if len(tensor.dims) == 2] == ["step.proj.weight.int8"]
     assert "step.proj.weight" not in {tensor.name for tensor in graph.initializer}
+    # Dequantised once as well: ONNX Runtime holds the result of every such node in float32.
+    assert [n.op_type for n in graph.node if "step.proj.weight.int8" in n.input] == [
+        "DequantizeLinear"
+    ]
     verdict = next(one for one in audit_graph(target, None) if one.layer == "step.proj")
     assert (verdict.layer, verdict.verdict, verdict.products) == ("step.proj", Precision.INT8, 3)
 
