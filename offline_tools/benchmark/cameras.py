@@ -1,13 +1,14 @@
 """A robot's sensors as a process of their own: cameras and joint states at a steady pace.
 
 Owns: publishing for the node's benchmark. Must not import torch or an engine. All streams of a
-tick carry one stamp, as hardware-triggered cameras do; the frames are made once, so that this
-process has little to do.
+tick carry one stamp, as hardware-triggered cameras do. Each camera shows two pictures in turn,
+made once: this process has little to do, and the node does not take it for a frozen camera.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -35,13 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     random = np.random.RandomState(0)
     images = []
     for camera in robot.cameras:
-        message = Image(
-            height=camera.height, width=camera.width, encoding="rgb8", step=3 * camera.width
-        )
-        pixels = random.randint(0, 256, camera.height * camera.width * 3, dtype=np.uint8)
-        message.data.frombytes(pixels.tobytes())
-        topic = f"cameras/{camera.key}/image_raw"
-        images.append((node.create_publisher(Image, topic, qos), message))
+        publisher = node.create_publisher(Image, f"cameras/{camera.key}/image_raw", qos)
+        pictures = [_picture(random, camera.height, camera.width) for _ in range(2)]
+        images.append((publisher, itertools.cycle(pictures)))
     names = [joint.name for joints in robot.state_joints.values() for joint in joints]
     joint_state = JointState(name=names, position=[0.1] * len(names))
     joints = node.create_publisher(JointState, "joint_states", qos)
@@ -51,13 +48,21 @@ def main(argv: list[str] | None = None) -> int:
         stamp = time_message(node.get_clock().now().nanoseconds)
         joint_state.header.stamp = stamp
         joints.publish(joint_state)
-        for publisher, message in images:
+        for publisher, pictures in images:
+            message = next(pictures)
             message.header.stamp = stamp
             publisher.publish(message)
         due += 1.0 / args.rate_hz
     node.destroy_node()
     rclpy.shutdown()
     return 0
+
+
+def _picture(random: np.random.RandomState, height: int, width: int) -> Image:
+    message = Image(height=height, width=width, encoding="rgb8", step=3 * width)
+    pixels = random.randint(0, 256, height * width * 3, dtype=np.uint8)
+    message.data.frombytes(pixels.tobytes())
+    return message
 
 
 if __name__ == "__main__":
