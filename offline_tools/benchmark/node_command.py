@@ -17,9 +17,6 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import atomic_file
 from offline_tools.arguments import positive_float
 
-LARGE_DATA = (
-    "LARGE_DATA?max_msg_size=4MB&sockets_size=4MB&non_blocking=true&tcp_negotiation_timeout=50"
-)
 _LONGEST_START_S = 120.0
 # Neither the default domain nor one that a robot is likely to use.
 _DOMAIN = 87
@@ -47,8 +44,8 @@ def run(args: argparse.Namespace) -> int:
     environment = {
         **os.environ,
         "ROS_DOMAIN_ID": os.environ.get("ROS_DOMAIN_ID", str(_DOMAIN)),
+        # Nothing leaves this machine. It also sets the transports, whatever else asks for others.
         "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "FASTDDS_BUILTIN_TRANSPORTS": LARGE_DATA,
     }
 
     def start(module: str, *options: str) -> subprocess.Popen[str]:

@@ -38,7 +38,6 @@ from offline_tools.engine.calibrator import (
 )
 from offline_tools.engine.library import Library
 from offline_tools.engine.progress import heartbeat, make_progress_monitor
-from offline_tools.quantize.layers import as_layer
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -379,6 +378,8 @@ def _float32_values(graph: Path) -> frozenset[str] | None:
 def _image_chain_values(graph: Path) -> frozenset[str]:
     """Return what a graph computes of its camera frames before the first layer; often nothing."""
     import onnx_ir as ir
+
+    from offline_tools.quantize.layers import as_layer
 
     model = ir.load(graph)
     reached = {value.name for value in model.graph.inputs if value.dtype == ir.DataType.UINT8}
