@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
         stamp = time_message(node.get_clock().now().nanoseconds)
         joint_state.header.stamp = stamp
         joints.publish(joint_state)
-        for publisher, pictures in images:
-            message = next(pictures)
+        for publisher, turns in images:
+            message = next(turns)
             message.header.stamp = stamp
             publisher.publish(message)
         due += 1.0 / args.rate_hz

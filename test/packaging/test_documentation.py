@@ -15,7 +15,7 @@ from offline_tools.cli import SUBCOMMANDS
 _PLACEHOLDER = re.compile(r"@[A-Z][A-Z0-9_]*@|\b(?:TODO|FIXME|XXX|TBD)\b")
 # A command in code: at the start of a line, or behind a backtick or a prompt.
 _COMMAND = re.compile(r"groot-int8 +([a-z][a-z-]*)")
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 def _pages(repository_root: Path) -> list[Path]:
