@@ -9,8 +9,8 @@ publishes chunks.
 
 A chunk's `header.stamp` is the newest camera stamp of its observation and is unique: an
 observation is used once. `~/chunk_info` carries, for each chunk, a JSON object with the stamps of
-all messages it was made from, the seed, the instruction in force and the timings, so that the
-chunk can be computed again from a recording. Its fields:
+all messages it was made from, the seed, the instruction in force, the committed rows and the
+timings, so that the chunk can be computed again from a recording. Its fields:
 
     number         chunks before this one since the node was activated
     stamp_ns       the chunk's stamp
@@ -18,6 +18,9 @@ chunk can be computed again from a recording. Its fields:
     seed           of the noise
     instruction    as it was given
     streams        stream name -> {topic, stamp_ns} of the message used
+    committed      null, or what the executor had committed itself to and the chunk begins with:
+                   {rows, actions}, the rows' numbers and action key -> those rows in the policy's
+                   units
     timings_s      stage -> wall time: wait, read, preprocess, backbone, action_head, postprocess,
                    total; `wait` is from the arrival of the newest message to the start of `read`
 """
@@ -31,13 +34,15 @@ from collections.abc import Collection
 from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.qos import QoSProfile, ReliabilityPolicy
 from std_msgs.msg import String
 from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
-from groot_int8_ros.policy.types import ActionChunk
+from groot_int8_ros.policy.types import ActionChunk, CommittedActions
+from groot_int8_ros.ros.committed_rows import CommittedReader
 from groot_int8_ros.ros.diagnostics import (
     InferenceRecord,
     NodeReport,
@@ -53,6 +58,9 @@ from groot_int8_ros.ros.parameters import NodeParameters, Parameters
 
 # An inference that takes longer than this is reported as hung; it is still never published.
 STOP_TIMEOUT_S = 10.0
+
+# What the executor had committed itself to before is of no use.
+_NEWEST_RELIABLE = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE)
 
 
 class PolicyNode(ManagedNode):
@@ -75,6 +83,8 @@ class PolicyNode(ManagedNode):
         self._policy: Policy | None = None
         self._streams: ObservationStreams | None = None
         self._writer: TrajectoryWriter | None = None
+        self._commitments: CommittedReader | None = None
+        self._commitment: JointTrajectory | None = None
         self._worker: InferenceWorker | None = None
         self._record = InferenceRecord()
         self._release_topics = contextlib.ExitStack()
@@ -111,6 +121,12 @@ class PolicyNode(ManagedNode):
         self._instruction = parameters.instruction
         instructions = InstructionTopic(self, parameters.instruction_topic, self._on_instruction)
         self._release_topics.callback(instructions.close)
+        self._commitments = CommittedReader(robot.action_joints, policy.time_from_start_s)
+        if parameters.committed_topic:
+            subscription = self.create_subscription(
+                JointTrajectory, parameters.committed_topic, self._on_commitment, _NEWEST_RELIABLE
+            )
+            self._release_topics.callback(self.destroy_subscription, subscription)
         self._engine_facts = {
             "bundle": str(folder),
             "checkpoint sha256": policy.manifest.checkpoint_sha256,
@@ -154,6 +170,7 @@ class PolicyNode(ManagedNode):
                 instruction=lambda: self._instruction,
                 now_ns=self._now_ns,
                 read=streams.read,
+                committed=self._committed,
                 publish=self._publish_chunk,
             ),
             self._record,
@@ -184,6 +201,7 @@ class PolicyNode(ManagedNode):
         self._release_topics.close()
         self._streams = None
         self._writer = None
+        self._commitments = self._commitment = None
         self._engine_facts = {}
         if self._policy is not None:
             self._policy.close()
@@ -197,6 +215,13 @@ class PolicyNode(ManagedNode):
     def _on_instruction(self, instruction: str) -> None:
         self._instruction = instruction
 
+    def _on_commitment(self, message: JointTrajectory) -> None:
+        self._commitment = message
+
+    def _committed(self, observation_ns: int) -> CommittedActions | None:
+        message, reader = self._commitment, self._commitments
+        return reader.read(message, observation_ns) if reader and message else None
+
     def _on_parameters(self, names: Collection[str]) -> None:
         if "instruction" in names:
             self._instruction = self._node_parameters.current.instruction
@@ -204,6 +229,7 @@ class PolicyNode(ManagedNode):
             self._streams.max_frozen_s = self._node_parameters.current.max_frozen_s
 
     def _on_time_jump(self, _: object) -> None:
+        self._commitment = None
         if self._streams is not None:
             self._streams.buffer.clear()
             self.get_logger().info(
@@ -228,6 +254,7 @@ class PolicyNode(ManagedNode):
                 }
                 for stream in self._streams.buffer.streams
             },
+            "committed": chunk.committed.to_dict() if chunk.committed else None,
             "timings_s": dict(chunk.timings_s),
         }
         self._chunks.publish(self._writer.write(chunk))
@@ -247,6 +274,7 @@ class PolicyNode(ManagedNode):
                 streams=self._streams.status() if self._streams else [],
                 max_age_s=self._node_parameters.current.max_observation_age_s,
                 instruction=self._instruction,
+                committed_topic=self._node_parameters.current.committed_topic,
                 inference=self._record.report(),
             )
         )

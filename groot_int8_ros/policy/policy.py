@@ -31,6 +31,7 @@ from groot_int8_ros.policy.types import (
     ActionChunk,
     CommittedActions,
     Float32Array,
+    Float64Array,
     Observation,
 )
 
@@ -81,7 +82,7 @@ class Policy:
             if bundle.manifest.family == DEPLOYED
             else ReferenceGraphs(bundle, engines)
         )
-        self._time_from_start_s = (
+        self._time_from_start_s: Float64Array = (
             np.array(bundle.processor.delta_indices, np.float64)
             * bundle.manifest.robot.action_period_s
         )
@@ -157,6 +158,11 @@ class Policy:
     def noise_shape(self) -> tuple[int, int]:
         """Shape of the noise: (action horizon, max_action_dim)."""
         return self.manifest.action_horizon, self.processor.max_action_dim
+
+    @property
+    def time_from_start_s(self) -> Float64Array:
+        """When each row of a chunk is due after its observation, float64, shape (steps,)."""
+        return self._time_from_start_s
 
     @property
     def folder(self) -> Path:
@@ -287,6 +293,7 @@ class Policy:
             action_pred=action_pred,
             seed=used_seed,
             timings_s=timings,
+            committed=committed,
         )
 
     def committed_rows(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +91,17 @@ class CommittedActions:
     rows: Sequence[int]
     actions: Mapping[str, Float32Array]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the rows as JSON holds them, to the bit."""
+        actions = {key: np.asarray(values).tolist() for key, values in self.actions.items()}
+        return {"rows": [int(row) for row in self.rows], "actions": actions}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> CommittedActions:
+        """Return what `to_dict` gave."""
+        actions = {key: np.array(rows, np.float32) for key, rows in content["actions"].items()}
+        return cls(content["rows"], actions)
+
 
 @dataclass(frozen=True)
 class ActionChunk:
@@ -105,6 +116,7 @@ class ActionChunk:
             (action horizon, max_action_dim).
         seed: Seed of the noise, or None where the caller gave the noise itself.
         timings_s: Stage name to wall time in seconds.
+        committed: The rows that the policy was given, or None: it was free.
     """
 
     actions: Mapping[str, Float32Array]
@@ -113,3 +125,4 @@ class ActionChunk:
     action_pred: Float32Array
     seed: int | None
     timings_s: Mapping[str, float] = field(default_factory=dict)
+    committed: CommittedActions | None = None

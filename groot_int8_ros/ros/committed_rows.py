@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.robot import joint_to_policy
 from groot_int8_ros.policy.types import CommittedActions, Float64Array, JointSpec
 from groot_int8_ros.ros.executor_messages import commitment_of
@@ -43,19 +44,30 @@ class CommittedReader:
             observation_ns: The observation's stamp.
 
         Returns:
-            The rows, at least one and never all of them; None where the commitment has none for
-            this observation or lacks a joint: the chunk is computed freely then.
+            The rows, at least one and never all of them; None where the commitment is over or
+            begins only after the observation: the chunk is computed freely then, as it is while
+            the executor holds.
+
+        Raises:
+            ObservationError: The message is malformed, lacks a joint, or leaves the policy no row.
         """
         commitment = commitment_of(message)
-        if commitment is None:
-            return None
         place = {name: index for index, name in enumerate(commitment.joint_names)}
-        if any(joint.name not in place for joints in self._joints.values() for joint in joints):
-            return None
+        needed = [joint.name for joints in self._joints.values() for joint in joints]
+        missing = [name for name in needed if name not in place]
+        if missing:
+            raise ObservationError(
+                f"it lacks {', '.join(missing)}: give the executor channels for every action "
+                "joint, or choose another seam"
+            )
         targets, mask = commitment.on_rows(observation_ns + self._after_ns)
         rows = np.flatnonzero(mask)
-        # A chunk of nothing but committed rows would leave the policy nothing to say.
-        if not rows.size or rows.size == mask.size:
+        if rows.size == mask.size:
+            raise ObservationError(
+                f"it covers all {rows.size} rows of the chunk: the policy takes longer than its "
+                "chunks last"
+            )
+        if not rows.size:
             return None
         return CommittedActions(
             rows=rows.tolist(),

@@ -1,8 +1,9 @@
 """What the node tells on `/diagnostics`.
 
 Owns: counting what happened, and one status for each subsystem: the engine, every input stream,
-the instruction and the inference. Must not import the policy's engines. It stands in for
-`diagnostic_updater`, which is not on PyPI; `rqt_robot_monitor` shows it alike.
+the instruction, the inference, the executor's commitment and whether chunks are long enough. Must
+not import the policy's engines. It stands in for `diagnostic_updater`, which is not on
+PyPI; `rqt_robot_monitor` shows it alike.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 
+from groot_int8_ros.control.latency import LatencyEstimate, LatencySettings
 from groot_int8_ros.ros.joints import time_message
 from groot_int8_ros.ros.observation_buffer import FROZEN, Hold, StreamStatus, stamp_fault
 
@@ -68,6 +70,28 @@ class InstructionCheck:
 
 
 @dataclass(frozen=True)
+class Pace:
+    """Whether chunks last until the next one: what the executor has to live on.
+
+    The latencies are estimated as the executor does, `control.latency`.
+
+    Attributes:
+        chunk_s: From a chunk's observation to its last row.
+        latency_s: From the start of an inference to its chunk.
+        age_s: Of an observation when its inference starts.
+    """
+
+    chunk_s: float
+    latency_s: float
+    age_s: float
+
+    @property
+    def needed_s(self) -> float:
+        """How long a chunk must last: the next one is there two latencies after its start."""
+        return 2 * self.latency_s + self.age_s
+
+
+@dataclass(frozen=True)
 class InferenceReport:
     """What the worker has done since it was made.
 
@@ -80,6 +104,11 @@ class InferenceReport:
         checked_instruction: What was found of the instruction that was checked last.
         latencies: Stage to its wall times; the warm-up is not counted.
         busy_s: How long the inference under way has taken, or None if there is none.
+        committed_rows: Committed rows of the newest chunk.
+        committed_chunks: Chunks with committed rows.
+        commitments_unread: Commitments that could not be used.
+        commitment_fault: Why the newest could not, or None.
+        pace: None before the first chunk.
     """
 
     state: str = "stopped"
@@ -90,6 +119,11 @@ class InferenceReport:
     checked_instruction: InstructionCheck = InstructionCheck(None)
     latencies: Mapping[str, Latency] = field(default_factory=dict)
     busy_s: float | None = None
+    committed_rows: int = 0
+    committed_chunks: int = 0
+    commitments_unread: int = 0
+    commitment_fault: str | None = None
+    pace: Pace | None = None
 
     @property
     def is_hung(self) -> bool:
@@ -113,6 +147,12 @@ class InferenceRecord:
         self._max_s: dict[str, float] = {}
         self._histograms: defaultdict[str, Counter[float]] = defaultdict(Counter)
         self._busy_since_s: float | None = None
+        self._committed_rows = self._committed_chunks = self._commitments_unread = 0
+        self._commitment_fault: str | None = None
+        self._chunk_s = 0.0
+        # The worker's own warm-up is not among them.
+        self._latency = LatencyEstimate(LatencySettings(warm_up=0))
+        self._age = LatencyEstimate(LatencySettings(warm_up=0))
 
     def enter(self, state: str) -> None:
         """Note what the worker is doing now."""
@@ -159,9 +199,30 @@ class InferenceRecord:
         with self._lock:
             self._checked_instruction = checked
 
-    def published(self, timings_s: Mapping[str, float]) -> None:
+    @property
+    def commitment_fault(self) -> str | None:
+        """Why the newest commitment could not be used; setting a reason counts it."""
+        with self._lock:
+            return self._commitment_fault
+
+    @commitment_fault.setter
+    def commitment_fault(self, fault: str | None) -> None:
+        with self._lock:
+            self._commitment_fault = fault
+            self._commitments_unread += fault is not None
+
+    def paced(self, chunk_s: float, latency_s: float, age_s: float) -> None:
+        """Note how long a chunk lasts and took; see `Pace`."""
+        with self._lock:
+            self._chunk_s = chunk_s
+            self._latency.add(latency_s)
+            self._age.add(max(0.0, age_s))
+
+    def published(self, timings_s: Mapping[str, float], committed_rows: int = 0) -> None:
         """Count a chunk."""
         with self._lock:
+            self._committed_rows = committed_rows
+            self._committed_chunks += committed_rows > 0
             self._state = "running"
             self._hold = None
             self._chunks += 1
@@ -175,6 +236,7 @@ class InferenceRecord:
     def report(self) -> InferenceReport:
         """Return the counts so far."""
         with self._lock:
+            latency_s, age_s = self._latency.expected_s(), self._age.expected_s()
             return InferenceReport(
                 state=self._state,
                 chunks=self._chunks,
@@ -194,6 +256,15 @@ class InferenceRecord:
                 busy_s=(
                     None if self._busy_since_s is None else time.monotonic() - self._busy_since_s
                 ),
+                committed_rows=self._committed_rows,
+                committed_chunks=self._committed_chunks,
+                commitments_unread=self._commitments_unread,
+                commitment_fault=self._commitment_fault,
+                pace=(
+                    None
+                    if latency_s is None or age_s is None
+                    else Pace(self._chunk_s, latency_s, age_s)
+                ),
             )
 
 
@@ -210,6 +281,7 @@ class NodeReport:
         streams: State of every input.
         max_age_s: The parameter.
         instruction: In force.
+        committed_topic: The parameter.
         inference: What the worker did.
     """
 
@@ -221,6 +293,7 @@ class NodeReport:
     streams: Sequence[StreamStatus]
     max_age_s: float
     instruction: str
+    committed_topic: str
     inference: InferenceReport
 
 
@@ -231,6 +304,8 @@ def diagnostic_array(report: NodeReport) -> DiagnosticArray:
         *(stream_status(status, report.now_ns, report.max_age_s) for status in report.streams),
         _instruction(report),
         _inference(report.inference),
+        _commitment(report),
+        _pace(report.inference.pace),
     ]
     return status_array(report.node_name, report.now_ns, statuses)
 
@@ -331,3 +406,42 @@ def _inference(report: InferenceReport) -> DiagnosticStatus:
         return status_message("inference", ERROR if report.errors else WARN, message, values)
     level = STALE if report.state == "stopped" else OK
     return status_message("inference", level, report.state, values)
+
+
+def _commitment(report: NodeReport) -> DiagnosticStatus:
+    inference = report.inference
+    values = {
+        "topic": report.committed_topic,
+        "rows committed, newest chunk": inference.committed_rows,
+        "chunks with committed rows": inference.committed_chunks,
+        "commitments not used": inference.commitments_unread,
+    }
+    if inference.commitment_fault:
+        message = f"not used, chunks are computed freely: {inference.commitment_fault}"
+        return status_message("commitment", WARN, message, values)
+    if not report.committed_topic:
+        message = "off: chunks are computed freely"
+    elif inference.committed_rows:
+        message = "the newest chunk begins with what the executor had committed"
+    else:
+        message = "none: the newest chunk was computed freely"
+    return status_message("commitment", OK, message, values)
+
+
+def _pace(pace: Pace | None) -> DiagnosticStatus:
+    if pace is None:
+        return status_message("chunk length", STALE, "no chunk yet")
+    values = {
+        "chunk s": f"{pace.chunk_s:.3f}",
+        "latency s": f"{pace.latency_s:.3f}",
+        "observation age s": f"{pace.age_s:.3f}",
+        "needed s": f"{pace.needed_s:.3f}",
+    }
+    if pace.chunk_s >= pace.needed_s:
+        return status_message("chunk length", OK, "long enough", values)
+    message = (
+        f"chunks last {pace.chunk_s:.3f} s, less than two latencies and the observation's age, "
+        f"2 x {pace.latency_s:.3f} + {pace.age_s:.3f} = {pace.needed_s:.3f} s: the executor runs "
+        "out of rows and holds. Make the policy faster, or export with more rows"
+    )
+    return status_message("chunk length", WARN, message, values)

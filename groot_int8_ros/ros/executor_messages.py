@@ -13,9 +13,10 @@ from geometry_msgs.msg import Twist, TwistStamped
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
-from groot_int8_ros.control.chunks import TimedChunk
+from groot_int8_ros.control.chunks import TimedChunk, shape_fault
 from groot_int8_ros.control.commitment import Commitment
 from groot_int8_ros.control.types import NANOSECONDS, Float64Array
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.ros.executor_parameters import OutputParameters
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
@@ -58,11 +59,15 @@ def commitment_message(commitment: Commitment) -> JointTrajectory:
     return message
 
 
-def commitment_of(message: Any) -> Commitment | None:
-    """Return a published commitment, or None where the message holds none."""
+def commitment_of(message: Any) -> Commitment:
+    """Return a published commitment.
+
+    Raises:
+        ObservationError: The message is malformed.
+    """
     chunk = chunk_of(message)
-    if not len(chunk.due_ns) or not chunk.targets.size or not np.isfinite(chunk.targets).all():
-        return None
+    if (fault := shape_fault(chunk)) is not None:
+        raise ObservationError(fault.message)
     return Commitment(chunk.stamp_ns, chunk.joint_names, chunk.due_ns, chunk.targets)
 
 

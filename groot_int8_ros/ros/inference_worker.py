@@ -24,7 +24,7 @@ from typing import Protocol
 
 from groot_int8_ros.errors import FrozenImageError, GrootError, ObservationError
 from groot_int8_ros.policy.policy import Policy
-from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.instruction_gate import InstructionGate
 from groot_int8_ros.ros.observation_buffer import (
@@ -68,6 +68,8 @@ class Host:
         instruction: The instruction in force.
         now_ns: ROS time.
         read: Converts a snapshot, or raises `ObservationError`.
+        committed: The executor's commitment for an observation's stamp, None where there is none,
+            or raises `ObservationError`.
         publish: Publishes a chunk, the snapshot it was made from, the instruction, and how many
             chunks there were before.
     """
@@ -76,6 +78,7 @@ class Host:
     instruction: Callable[[], str]
     now_ns: Callable[[], int]
     read: Callable[[Snapshot, str], Observation]
+    committed: Callable[[int], CommittedActions | None]
     publish: Callable[[ActionChunk, Snapshot, str, int], None]
 
 
@@ -226,9 +229,11 @@ class InferenceWorker:
         newest_s = max(sample.arrival_s for sample in snapshot.samples.values())
         wait_s = time.monotonic() - newest_s
         started_s = time.perf_counter()
+        age_s = (self._host.now_ns() - snapshot.stamp_ns) * 1e-9
         observation = self._host.read(snapshot, instruction)
         read_s = time.perf_counter() - started_s
-        chunk = self._policy.infer(observation, seed=seed)
+        committed = self._committed(snapshot)
+        chunk = self._policy.infer(observation, seed=seed, committed=committed)
         timings_s = {"wait": wait_s, "read": read_s, **chunk.timings_s}
         chunk = dataclasses.replace(chunk, timings_s=timings_s)
         with self._gate:
@@ -239,8 +244,20 @@ class InferenceWorker:
             if self._buffer.epoch != snapshot.epoch:
                 return Hold(OVERTAKEN, "time jumped back while the policy ran")
             self._host.publish(chunk, snapshot, instruction, self._record.chunks)
-            self._record.published(chunk.timings_s)
+            latency_s = time.perf_counter() - started_s
+            self._record.published(chunk.timings_s, len(committed.rows) if committed else 0)
+            self._record.paced(float(chunk.time_from_start_s[-1]), latency_s, age_s)
         return None
+
+    def _committed(self, snapshot: Snapshot) -> CommittedActions | None:
+        try:
+            committed = self._host.committed(snapshot.stamp_ns)
+        except ObservationError as error:
+            # The executor blends to a chunk that does not begin as it had committed itself.
+            self._record.commitment_fault = str(error)
+            return None
+        self._record.commitment_fault = None
+        return committed
 
     def _log(self, hold: Hold | None) -> None:
         # What is new is told at once, the same thing again only now and then, also when it comes

@@ -56,6 +56,7 @@ class NodeParameters:
         joint_state_type: Its message; `sensor_msgs/msg/JointState` or any other with `fields`.
         joint_state_fields: Of another message: lines `joint name = path.to[0].field`.
         chunk_topic: Topic on which chunks are published.
+        committed_topic: Topic of what the executor will execute; empty for free inference.
         inference_rate_hz: Most inferences a second.
         max_observation_age_s: Oldest stamp that an observation may contain.
         max_observation_skew_s: Largest difference between two stamps of an observation.
@@ -77,6 +78,7 @@ class NodeParameters:
     joint_state_type: str
     joint_state_fields: Sequence[str]
     chunk_topic: str
+    committed_topic: str
     inference_rate_hz: float
     max_observation_age_s: float
     max_observation_skew_s: float
@@ -150,6 +152,7 @@ class Declaration:
         high: Largest number allowed.
         choices: All values allowed.
         is_topic: Whether the value must be a topic name.
+        optional: Whether it may be empty instead.
         live: Whether it may change while the node is configured.
         read_only: Whether it can only be set at start.
     """
@@ -160,6 +163,7 @@ class Declaration:
     high: float | None = None
     choices: tuple[str, ...] = ()
     is_topic: bool = False
+    optional: bool = False
     live: bool = False
     read_only: bool = False
 
@@ -199,6 +203,13 @@ PARAMETERS: Mapping[str, Declaration] = {
         "~/action_chunk",
         "Topic of trajectory_msgs/JointTrajectory on which action chunks are published.",
         is_topic=True,
+    ),
+    "committed_topic": Declaration(
+        "chunk_executor/committed",
+        "Topic of trajectory_msgs/JointTrajectory: what the executor will execute until the next "
+        "chunk, which then begins with it; empty: every chunk is computed freely.",
+        is_topic=True,
+        optional=True,
     ),
     "inference_rate_hz": Declaration(
         5.0, "Most inferences a second.", low=0.01, high=200.0, live=True
@@ -511,7 +522,9 @@ def _field(name: str) -> str:
 def _fault(declaration: Declaration, name: str, value: Any) -> str | None:
     if declaration.choices and value not in declaration.choices:
         return f"parameter '{name}' must be one of {', '.join(declaration.choices)}, not {value!r}"
-    return _topic_fault(name, value) if declaration.is_topic else None
+    if not declaration.is_topic or (declaration.optional and value == ""):
+        return None
+    return _topic_fault(name, value)
 
 
 def _topic_fault(name: str, topic: str) -> str | None:

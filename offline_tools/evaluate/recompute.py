@@ -16,6 +16,7 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.robot import policy_to_joint
 from groot_int8_ros.policy.types import (
     ActionChunk,
+    CommittedActions,
     Float64Array,
     Int64Array,
     Observation,
@@ -79,7 +80,12 @@ def recompute(
             instruction=chunk.info["instruction"],
             stamp_ns=chunk.stamp_ns,
         )
-        computed = policy.infer(observation, seed=chunk.info["seed"])
+        committed = chunk.info["committed"]
+        computed = policy.infer(
+            observation,
+            seed=chunk.info["seed"],
+            committed=CommittedActions.from_dict(committed) if committed else None,
+        )
         error = np.abs(joint_targets(policy, computed) - chunk.positions)
         results.append(
             Recomputed(

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import math
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 pytest.importorskip("trajectory_msgs", reason="needs the ROS 2 Python packages")
 
+from trajectory_msgs.msg import JointTrajectory
+
 from groot_int8_ros.control.commitment import Commitment
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.robot import policy_to_joint
-from groot_int8_ros.policy.types import JointSpec
+from groot_int8_ros.policy.types import CommittedActions, JointSpec
 from groot_int8_ros.ros.committed_rows import CommittedReader
 from groot_int8_ros.ros.executor_messages import commitment_message
 
@@ -57,21 +64,63 @@ def test_rows_are_those_of_the_observation_in_the_policys_units(offset_ns: int) 
 
 
 @pytest.mark.parametrize(
-    ("until", "names", "observation_ns"),
+    ("until", "observation_ns"),
     [
-        (5, ("lift", "pan"), START_NS),  # the jaw is missing
-        (-1, ("jaw", "lift", "pan"), START_NS),  # over before the observation
-        (20, ("jaw", "lift", "pan"), START_NS),  # longer than the chunk
-        (5, ("jaw", "lift", "pan"), START_NS - 10**9),  # older than what is known
+        (-1, START_NS),  # over before the observation
+        (5, START_NS - 10**9),  # the observation is older than what is known
     ],
 )
-def test_a_commitment_that_does_not_fit_leaves_the_policy_free(
-    until: int, names: tuple[str, ...], observation_ns: int
+def test_a_commitment_for_another_time_leaves_the_policy_free(
+    until: int, observation_ns: int
 ) -> None:
-    assert reader().read(commitment_message(committed(until, names)), observation_ns) is None
+    assert reader().read(commitment_message(committed(until)), observation_ns) is None
 
 
-def test_an_empty_commitment_leaves_the_policy_free() -> None:
-    message = commitment_message(committed(5))
+def _empty(message: JointTrajectory) -> None:
     message.points = []
-    assert reader().read(message, START_NS) is None
+
+
+def _not_a_number(message: JointTrajectory) -> None:
+    message.points[2].positions = [0.0, math.nan, 0.0]
+
+
+def _backward(message: JointTrajectory) -> None:
+    message.points = list(reversed(message.points))
+
+
+def _ragged(message: JointTrajectory) -> None:
+    message.points[1].positions = [0.0]
+
+
+@pytest.mark.parametrize(
+    ("until", "names", "spoil", "said"),
+    [
+        (5, ("lift", "pan"), None, "lacks jaw"),
+        (20, ("jaw", "lift", "pan"), None, "covers all 12 rows"),
+        (5, ("jaw", "lift", "pan"), _empty, "0 rows"),
+        (5, ("jaw", "lift", "pan"), _not_a_number, "lift are not finite"),
+        (5, ("jaw", "lift", "pan"), _backward, "do not increase"),
+        (5, ("jaw", "lift", "pan"), _ragged, "targets of shape"),
+    ],
+)
+def test_a_commitment_that_cannot_be_used_says_why(
+    until: int,
+    names: tuple[str, ...],
+    spoil: Callable[[JointTrajectory], None] | None,
+    said: str,
+) -> None:
+    message = commitment_message(committed(until, names))
+    if spoil:
+        spoil(message)
+    with pytest.raises(ObservationError, match=said):
+        reader().read(message, START_NS)
+
+
+def test_rows_return_from_json_to_the_bit() -> None:
+    found = reader().read(commitment_message(committed(5)), START_NS)
+    assert found is not None
+    again = CommittedActions.from_dict(json.loads(json.dumps(found.to_dict())))
+    assert list(again.rows) == list(found.rows)
+    for key, values in found.actions.items():
+        np.testing.assert_array_equal(again.actions[key], values)
+        assert again.actions[key].dtype == np.float32

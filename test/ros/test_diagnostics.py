@@ -35,6 +35,7 @@ def statuses(
         streams=streams,
         max_age_s=0.5,
         instruction=instruction,
+        committed_topic="chunk_executor/committed",
         inference=record.report(),
     )
     array = diagnostic_array(report)
@@ -121,3 +122,32 @@ def test_verdict_on_another_instruction_is_not_passed_off_as_this_ones() -> None
     record.checked_instruction = InstructionCheck("new", "too long")
     status = statuses(record, instruction="new")["instruction"]
     assert (status.level, status.message) == (DiagnosticStatus.ERROR, "too long")
+
+
+def test_chunks_that_end_before_the_next_one_can_be_there_are_told_with_the_numbers() -> None:
+    record = InferenceRecord()
+    record.published({})
+    # Just long enough: 2 x 0.2 + 0.1.
+    record.paced(0.501, 0.2, 0.1)
+    assert statuses(record)["chunk length"].level == DiagnosticStatus.OK
+    record.paced(0.499, 0.2, 0.1)
+    status = statuses(record)["chunk length"]
+    assert status.level == DiagnosticStatus.WARN
+    assert "2 x 0.200 + 0.100 = 0.500 s" in status.message
+    assert "0.499 s" in status.message
+
+
+def test_a_commitment_that_cannot_be_used_is_named_until_one_can() -> None:
+    record = InferenceRecord()
+    record.published({}, 3)
+    assert statuses(record)["commitment"].level == DiagnosticStatus.OK
+    for _ in range(2):
+        record.commitment_fault = "it lacks jaw"
+        record.published({}, 0)
+    status = statuses(record)["commitment"]
+    assert status.level == DiagnosticStatus.WARN
+    assert "lacks jaw" in status.message
+    assert values(status)["commitments not used"] == "2"
+    assert values(status)["chunks with committed rows"] == "1"
+    record.commitment_fault = None
+    assert statuses(record)["commitment"].level == DiagnosticStatus.OK

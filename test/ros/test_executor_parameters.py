@@ -215,7 +215,6 @@ def test_a_commitment_survives_its_message() -> None:
         targets=np.arange(40.0).reshape(20, 2),
     )
     read = commitment_of(commitment_message(made))
-    assert read is not None
     assert read.joint_names == made.joint_names
     np.testing.assert_array_equal(read.due_ns, made.due_ns)
     np.testing.assert_array_equal(read.targets, made.targets)

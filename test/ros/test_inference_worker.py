@@ -16,8 +16,9 @@ import pytest
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.policy import Policy
-from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
 from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
@@ -40,6 +41,7 @@ class Bench:
         self.instruction = "pick up the cube"
         self.published: list[tuple[ActionChunk, str, int]] = []
         self.before_read: Callable[[], None] = lambda: None
+        self.committed: Callable[[int], CommittedActions | None] = lambda stamp_ns: None
         self.buffer = ObservationBuffer(
             [Stream("camera", "/camera", True), Stream("joints", "/joints", False)]
         )
@@ -57,6 +59,7 @@ class Bench:
                 instruction=lambda: self.instruction,
                 now_ns=time.time_ns,
                 read=self._read,
+                committed=lambda stamp_ns: self.committed(stamp_ns),
                 publish=lambda chunk, snapshot, instruction, number: self.published.append(
                     (chunk, instruction, number)
                 ),
@@ -156,3 +159,37 @@ def test_rate_is_a_limit_and_every_chunk_is_numbered(policy: Policy) -> None:
     assert bench.worker.stop(DEADLINE_S)
     assert [number for _, _, number in bench.published] == list(range(len(bench.published)))
     assert elapsed >= 3 / 4.0 * 0.95
+
+
+def test_a_commitment_that_cannot_be_used_is_counted_and_the_chunk_is_free(bench: Bench) -> None:
+    def refuse(stamp_ns: int) -> CommittedActions | None:
+        raise ObservationError("it lacks jaw")
+
+    bench.committed = refuse
+    bench.until(lambda: bench.record.report().commitments_unread >= 2)
+    bench.until(lambda: len(bench.published) >= 2)
+    assert all(chunk.committed is None for chunk, _, _ in bench.published)
+    assert bench.record.report().commitment_fault == "it lacks jaw"
+    bench.committed = lambda stamp_ns: None
+    bench.until(lambda: bench.record.report().commitment_fault is None)
+
+
+def test_committed_rows_are_those_for_the_observation_and_come_back_in_the_chunk(
+    bench: Bench, policy: Policy
+) -> None:
+    asked: list[int] = []
+    zeros = {
+        key: np.zeros((2, len(joints)), np.float32)
+        for key, joints in policy.robot.action_joints.items()
+    }
+
+    def commit(stamp_ns: int) -> CommittedActions:
+        asked.append(stamp_ns)
+        return CommittedActions([0, 1], zeros)
+
+    bench.committed = commit
+    bench.until(lambda: bench.record.report().committed_chunks >= 2)
+    given = {c.stamp_ns: c.committed.rows for c, _, _ in bench.published if c.committed}
+    assert given.keys() <= set(asked)
+    assert list(given.values())[:2] == [[0, 1], [0, 1]]
+    assert bench.record.report().committed_rows == 2

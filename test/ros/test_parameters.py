@@ -62,6 +62,13 @@ def parameters(node: Node, configured: bool = False) -> Parameters:
     return Parameters(node, lambda: configured, lambda names: None)
 
 
+def test_no_commitments_is_a_choice_and_no_chunks_is_none(make_node: MakeNode) -> None:
+    assert parameters(make_node(committed_topic="")).current.committed_topic == ""
+    for topic in ({"committed_topic": "a topic"}, {"chunk_topic": ""}):
+        with pytest.raises(ConfigurationError, match=next(iter(topic))):
+            parameters(make_node(**topic))
+
+
 @pytest.mark.parametrize(
     ("file", "declarations"),
     [
