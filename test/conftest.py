@@ -28,9 +28,6 @@ SHARED_DATA_VARIABLE = "GROOT_SHARED_DATA"
 # neither DDS discovery nor a model hub may be reached from a test.
 os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Processes that are killed leave their shared memory behind, and Fast DDS stumbles over what lies
-# under its name; the tests' messages are small and do without.
-os.environ.setdefault("FASTDDS_BUILTIN_TRANSPORTS", "UDPv4")
 
 # A shell starts background jobs with SIGINT ignored, and every process they start inherits that:
 # the tests that interrupt a command would wait in vain.
