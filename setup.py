@@ -126,6 +126,7 @@ setup(
     package_data={
         PACKAGE: ["py.typed"],
         "offline_tools.cost": ["published_latencies.csv"],
+        "offline_tools.training": ["tabletop_policy/*"],
     },
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),

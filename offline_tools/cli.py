@@ -130,6 +130,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.demo.make_checkpoint",
         "generate an N1.6-shaped checkpoint with random weights for a dataset's robot",
     ),
+    "simulate": (
+        "offline_tools.simulation.simulate_command",
+        "the simulated robot as a ROS 2 process: cameras and joint states out, commands in",
+    ),
     "closed-loop": (
         "offline_tools.closed_loop.command",
         "let a bundle do its task on the simulated robot, and count how often it does",

@@ -7,6 +7,7 @@ to the file, so an interrupted run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -39,6 +40,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--bundle", type=Path, help="bundle of the simulated robot")
     source.add_argument(
         "--checkpoint", type=Path, help="a checkpoint of its policy: PyTorch in float32"
+    )
+    source.add_argument(
+        "--node",
+        action="store_true",
+        help="the running policy_node, over DDS, with /clock stepped (docs/closed_loop.md)",
     )
     parser.add_argument("--episodes", type=positive_int, default=100, help="default: %(default)s")
     parser.add_argument(
@@ -81,45 +87,72 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         stop_at_success=not args.wrong_instruction,
     )
-    policy, setup = _policy(args)
-    simulation = Tabletop()
-    setup = {**setup, "wrong_instruction": args.wrong_instruction, **asdict(settings)}
-    done = _read(args.output, setup) if args.output else {}
-    for number in range(args.first_seed, args.first_seed + args.episodes):
-        if number in done:
-            continue
-        asked = TASKS[number % len(TASKS)]
-        told = other_task(asked, number // len(TASKS)) if args.wrong_instruction else asked
-        film: list[UInt8Array] = []
-
-        def keep(frames: Mapping[str, UInt8Array], film: list[UInt8Array] = film) -> None:
-            film.append(np.concatenate(list(frames.values())))
-
-        filmed = args.film is not None and number == args.first_seed
-        result = run_episode(
-            simulation, policy, number, asked, told, settings, keep if filmed else None
+    if args.node and args.output and args.output.exists():
+        raise ConfigurationError(
+            f"{args.output} exists, and which bundle a node runs is not known here: the results "
+            "of two would be mixed. Give another --output."
         )
-        done[number] = {"seed": number, **asdict(result)}
-        if args.output:
-            with args.output.open("a", encoding="utf-8") as stream:
-                stream.write(json.dumps(done[number]) + "\n")
-        if film:
-            _write_film(args.film, film)
-            print(f"{args.film}: {told.instruction}")
-    _print([done[number] for number in sorted(done)], args.wrong_instruction)
-    simulation.close()
+    with contextlib.ExitStack() as closing:
+        policy, setup = _policy(args, closing)
+        simulation = Tabletop()
+        closing.callback(simulation.close)
+        setup = {**setup, "wrong_instruction": args.wrong_instruction, **asdict(settings)}
+        done = _read(args.output, setup) if args.output else {}
+        numbers = range(args.first_seed, args.first_seed + args.episodes)
+        for number in numbers:
+            if number in done:
+                continue
+            done[number] = _run_one(args, simulation, policy, number, settings)
+            if args.output:
+                with args.output.open("a", encoding="utf-8") as stream:
+                    stream.write(json.dumps(done[number]) + "\n")
+    _print([done[number] for number in numbers], args.wrong_instruction)
     return 0
 
 
-def _policy(args: argparse.Namespace) -> tuple[ChunkPolicy, dict[str, Any]]:
+def _run_one(
+    args: argparse.Namespace,
+    simulation: Tabletop,
+    policy: ChunkPolicy,
+    number: int,
+    settings: LoopSettings,
+) -> dict[str, Any]:
+    """Run the episode of a seed, whose task follows from it."""
+    asked = TASKS[number % len(TASKS)]
+    told = other_task(asked, number // len(TASKS)) if args.wrong_instruction else asked
+    film: list[UInt8Array] = []
+
+    def keep(frames: Mapping[str, UInt8Array]) -> None:
+        film.append(np.concatenate(list(frames.values())))
+
+    filmed = args.film is not None and number == args.first_seed
+    result = run_episode(
+        simulation, policy, number, asked, told, settings, keep if filmed else None
+    )
+    if filmed:
+        _write_film(args.film, film)
+        print(f"{args.film}: {told.instruction}")
+    return {"seed": number, **asdict(result)}
+
+
+def _policy(
+    args: argparse.Namespace, closing: contextlib.ExitStack
+) -> tuple[ChunkPolicy, dict[str, Any]]:
     """Return the policy and what tells its results from those of another."""
     if args.bundle:
         policy = Policy.load(args.bundle, denoising_steps=args.denoising_steps)
+        closing.callback(policy.close)
         digest = hashlib.sha256((args.bundle / MANIFEST_FILE).read_bytes()).hexdigest()
         return policy, {
             "bundle": digest,
             "denoising_steps": policy.manifest.denoising_steps,
         }
+    if args.node:
+        from offline_tools.closed_loop.ros_policy import NodePolicy
+
+        if args.denoising_steps:
+            raise ConfigurationError("--denoising-steps is decided by the node's bundle")
+        return closing.enter_context(NodePolicy(robot_description())), {"node": True}
     from offline_tools.closed_loop.torch_policy import TorchPolicy
 
     torch_policy = TorchPolicy(args.checkpoint, robot_description(), args.denoising_steps)
