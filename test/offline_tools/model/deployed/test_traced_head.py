@@ -22,7 +22,7 @@ from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from offline_tools.engine.rtx import check_build
 from offline_tools.export.deployed_graphs import deployed_head
 from offline_tools.export.graph import save, trace
-from offline_tools.quantize.layers import find_layers, load_graph
+from offline_tools.quantize.layers import FLOAT_PARTS, find_layers, load_graph
 
 if TYPE_CHECKING:
     from test.offline_tools.model.deployed.conftest import HeadCase
@@ -122,29 +122,23 @@ def test_weight_that_every_step_uses_is_stored_once_and_its_uses_are_numbered(
     traced: Traced,
 ) -> None:
     layers = find_layers(load_graph(traced.path))
-    names = [layer.name for layer in layers]
-    assert len(names) == len(set(names))
-    once = {
-        "context.text.kv",
-        "context.image.kv",
-        "state_encoder.layer1.W",
-        "state_encoder.layer2.W",
-    }
-    weights = {layer.weight for layer in layers}
-    assert len(layers) == len(once) + STEPS * (len(weights) - len(once))
+    assert len({layer.name for layer in layers}) == len({layer.weight for layer in layers})
+    assert len(layers) == len({layer.name for layer in layers})
     for layer in layers:
-        uses = [other.name for other in layers if other.weight == layer.weight]
-        if layer.name in once:
-            assert uses == [layer.name]
+        first = f"{layer.name}/MatMul"
+        if layer.name in ("context.text.kv", "context.image.kv"):
+            assert layer.nodes == (first,)
         else:
-            first = uses[0]
-            assert uses == [first, f"{first}/MatMul_1"], "in the order of the steps"
+            further = tuple(f"{first}_{step}" for step in range(1, STEPS))
+            assert layer.nodes == (first, *further), "in the order of the steps"
     # Each weight: a product, and no second copy beside it.
     model = onnx.load(traced.path, load_external_data=False)
-    parameters = sum(
-        int(np.prod(tensor.dims)) for tensor in model.graph.initializer if len(tensor.dims) == 2
-    )
-    assert parameters < 1.02 * sum({layer.weight: layer.parameters for layer in layers}.values())
+    stored = {
+        tensor.name: int(np.prod(tensor.dims))
+        for tensor in model.graph.initializer
+        if len(tensor.dims) == 2 and FLOAT_PARTS.isdisjoint(tensor.name.split("."))
+    }
+    assert sum(stored.values()) < 1.02 * sum(layer.parameters for layer in layers)
 
 
 def test_what_stands_around_the_blocks_stays_float32(traced: Traced) -> None:
