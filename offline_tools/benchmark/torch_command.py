@@ -23,12 +23,15 @@ from groot_int8_ros.policy.types import CameraSpec
 from offline_tools.arguments import camera_size, not_negative_int, positive_int
 from offline_tools.benchmark import torch_runs
 from offline_tools.demo.random_checkpoint import SIZES
-from offline_tools.export.deployed_backbone import backbone_spec
-from offline_tools.export.deployed_stages import REFERENCE, StageGraph, head_stages
-from offline_tools.export.graph import GraphInput
-from offline_tools.export.graphs import PRECISIONS, reference_graphs
+from offline_tools.export.deployed_stages import (
+    REFERENCE,
+    StageGraph,
+    backbone_stages,
+    head_stages,
+)
+from offline_tools.export.graphs import PRECISIONS
 from offline_tools.model.configuration import ModelConfig
-from offline_tools.model.deployed.backbone import DEPLOYED_BACKBONE, BackboneCase
+from offline_tools.model.deployed.backbone import BackboneCase
 
 # The evaluation chain of the public checkpoints.
 _CHAIN = ImageChain(shortest_image_edge=256, crop_fraction=0.95)
@@ -161,39 +164,14 @@ def graphs_of(
     cameras = tuple(CameraSpec(f"camera{n}", *size) for n in range(setting.cameras))
     layout = made_layout(config, setting.cameras, size, prefix_tokens)
     case = BackboneCase(config, cameras, _CHAIN, layout)
-    deployed = backbone_spec(case, DEPLOYED_BACKBONE, PRECISIONS[precision])
+    backbones = backbone_stages(case, precision)
     heads = head_stages(config, layout, setting.steps, precision)
     return {
-        "reference backbone": (
-            _reference_backbone(config, layout, len(cameras), size, precision),
-        ),
+        "reference backbone": backbones[REFERENCE],
         "reference head": heads[REFERENCE],
-        "deployed backbone": (StageGraph("backbone", deployed, 1),),
+        "deployed backbone": list(backbones.values())[-1],
         "deployed head": list(heads.values())[-1],
     }
-
-
-def _reference_backbone(
-    config: ModelConfig, layout: TokenLayout, cameras: int, size: tuple[int, int], precision: str
-) -> StageGraph:
-    spec = reference_graphs(
-        config,
-        _no_weights,
-        embodiment_id=0,
-        image_shape=image_sizes(*size, _CHAIN).network,
-        precision=precision,
-    )["backbone"].spec
-    sequence = layout.prefix_length + layout.live_length
-    lengths = {"batch": 1, "images": cameras, "sequence": sequence}
-    inputs = {
-        name: GraphInput(tuple(lengths.get(str(axis), axis) for axis in value.shape), value.dtype)
-        for name, value in spec.inputs.items()
-    }
-    return StageGraph("backbone", replace(spec, inputs=inputs), 1)
-
-
-def _no_weights(key: str) -> torch.Tensor:
-    raise RuntimeError(f"weights are made up here, and {key} was asked for")
 
 
 def made_layout(
