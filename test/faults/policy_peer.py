@@ -1,6 +1,6 @@
 """A policy as the chunk executor sees one: a process that publishes chunks, until its fault.
 
-Run with the fault's name and the seconds of good chunks before it:
+Run with the fault's name. The fault begins on SIGUSR1, chunks are good before it:
 
     good    nothing happens
     slow    a chunk takes longer than the executor waits
@@ -56,17 +56,20 @@ def chunk(stamp_ns: int, rows: int = ROWS) -> JointTrajectory:
 
 def main() -> None:
     """Publish until the process is killed."""
-    fault, good_s = sys.argv[1], float(sys.argv[2])
-    rclpy.init(args=sys.argv[3:])
+    fault, bad = sys.argv[1], False
+
+    def begin(*_: object) -> None:
+        nonlocal bad
+        bad = fault != "good"
+
+    signal.signal(signal.SIGUSR1, begin)
+    rclpy.init(args=sys.argv[2:])
     node = Node("policy_peer")
     publisher = node.create_publisher(JointTrajectory, "/policy_node/action_chunk", 10)
-    until_s = time.monotonic() + good_s
-    print("ready", flush=True)
     while True:
         rclpy.spin_once(node, timeout_sec=0.0)
         stamp_ns = node.get_clock().now().nanoseconds - LATENCY_NS
         message = chunk(stamp_ns)
-        bad = fault != "good" and time.monotonic() > until_s
         if bad and fault == "slow":
             time.sleep(1.5)
             message = chunk(node.get_clock().now().nanoseconds - LATENCY_NS)
