@@ -38,6 +38,7 @@ from groot_int8_ros.ros.executor_diagnostics import (
     channel_statuses,
     executor_status,
     input_statuses,
+    not_following,
 )
 from groot_int8_ros.ros.executor_messages import CommandWriter, chunk_of, commitment_message
 from groot_int8_ros.ros.executor_parameters import ExecutorParameterSet, OutputParameters
@@ -185,6 +186,7 @@ class ChunkExecutorNode(ManagedNode):
         self._command = command
         if before is not None and before.mode != command.mode:
             self._tell(command)
+        self._tell_of_strays(before, command)
         if self._commitments is not None and steady_ns >= self._commitment_due_ns:
             self._commitment_due_ns = steady_ns + round(_COMMITMENT_PERIOD_S * 1e9)
             commitment = executor.commitment(now_ns, margin_s=_COMMITMENT_PERIOD_S)
@@ -204,6 +206,15 @@ class ChunkExecutorNode(ManagedNode):
             self.get_logger().warning(text)
         else:
             self.get_logger().info(text)
+
+    def _tell_of_strays(self, before: Command | None, command: Command) -> None:
+        known = {channel.name: channel.astray for channel in before.channels} if before else {}
+        assert self._control is not None
+        channels = {channel.name: channel for channel in self._control.settings.channels}
+        for sent in command.channels:
+            if set(sent.astray) - set(known.get(sent.name, ())):
+                text = not_following(channels[sent.name], sent)
+                self.get_logger().warning(f"channel '{sent.name}' {text}")
 
     def _deliver(self, hold: Command) -> None:
         """Repeat the last hold until every listener has acknowledged it.

@@ -27,6 +27,9 @@ class ChannelCommand:
         hold: Why the channel holds, or None while it executes chunks.
         ramping: Whether it goes slowly to a first command that is far away.
         resting: Whether this is a hold that has come to rest: positions stay, velocities are 0.
+        tracking_error: How far each joint stands from the commands of the last second, float64,
+            shape (J,); zeros for velocities.
+        astray: Joints that do not follow: their error is above the channel's tolerance.
     """
 
     name: str
@@ -35,6 +38,8 @@ class ChannelCommand:
     hold: Refusal | None
     ramping: bool
     resting: bool
+    tracking_error: Float64Array
+    astray: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Counters:
         refusals: Reason to chunks, joint states and enablings that were refused.
         holds: "channel: reason" to times that the channel began to hold for it.
         estops: Emergency stops.
+        astray: "channel: joint" to times that the joint began not to follow.
     """
 
     steps: int = 0
@@ -92,3 +98,4 @@ class Counters:
     refusals: Counter[str] = field(default_factory=Counter)
     holds: Counter[str] = field(default_factory=Counter)
     estops: int = 0
+    astray: Counter[str] = field(default_factory=Counter)

@@ -29,6 +29,7 @@ from groot_int8_ros.control.latency import LatencyEstimate
 from groot_int8_ros.control.limits import Motion, brake, follow, follow_velocity
 from groot_int8_ros.control.seams import Plan
 from groot_int8_ros.control.settings import Channel, ExecutorSettings
+from groot_int8_ros.control.tracking import Tracking
 from groot_int8_ros.control.types import NANOSECONDS, Float64Array, Int64Array, plausible
 from groot_int8_ros.control.watchdog import Watchdog
 
@@ -66,6 +67,8 @@ class _ChannelState:
         self.motion: Motion | None = None
         self.guarded = True
         self.hold: Refusal | None = None
+        self.tracking = Tracking()
+        self.astray: tuple[str, ...] = ()
 
 
 class Executor:
@@ -208,6 +211,7 @@ class Executor:
         if not self._commanding:
             for state in self._channels:
                 state.motion = Motion.at_rest(self._start(state))
+                state.tracking.clear()
         self._clear_plans(None)
         self._enabled = self._commanding = True
         self._rests = 0
@@ -238,7 +242,7 @@ class Executor:
             values = zeros if channel.interface == "velocity" else state.motion.position
             state.motion = Motion.at_rest(values)
             hold = Refusal(DISABLED, "commands have ended")
-            channels.append(ChannelCommand(channel.name, values, zeros, hold, False, True))
+            channels.append(ChannelCommand(channel.name, values, zeros, hold, False, True, zeros))
         return Command("stopping", tuple(channels))
 
     def estop(self, reason: str) -> None:
@@ -289,7 +293,7 @@ class Executor:
             other = Refusal(OTHER, f"channel '{first[0]}' holds: {first[1].message}")
             holds = [hold or other for hold in holds]
         channels = tuple(
-            self._move(state, hold, now_ns, dt_s)
+            self._move(state, hold, now_ns, steady_ns, dt_s)
             for state, hold in zip(self._channels, holds, strict=True)
         )
         command = Command(self._mode(channels), channels)
@@ -611,7 +615,12 @@ class Executor:
         return None
 
     def _move(
-        self, state: _ChannelState, hold: Refusal | None, now_ns: int, dt_s: float
+        self,
+        state: _ChannelState,
+        hold: Refusal | None,
+        now_ns: int,
+        steady_ns: int,
+        dt_s: float,
     ) -> ChannelCommand:
         """Move one channel's command one step on."""
         channel, period_s = state.channel, self.settings.control_period_s
@@ -652,8 +661,37 @@ class Executor:
         if channel.interface == "velocity":
             resting = resting and not motion.position.any()
         return ChannelCommand(
-            channel.name, motion.position, motion.velocity, hold, ramping, resting
+            channel.name,
+            motion.position,
+            motion.velocity,
+            hold,
+            ramping,
+            resting,
+            self._track(state, motion.position, steady_ns),
+            state.astray,
         )
+
+    def _track(
+        self, state: _ChannelState, commanded: Float64Array, steady_ns: int
+    ) -> Float64Array:
+        """Return how far a channel's joints are from where they were told to be."""
+        channel = state.channel
+        if channel.interface == "velocity":
+            return np.zeros(len(channel.joints))
+        state.tracking.add(commanded, steady_ns)
+        error = state.tracking.error(self._measured_of(channel), steady_ns)
+        if channel.tracking_tolerance is not None:
+            before = state.astray
+            state.astray = tuple(
+                joint
+                for joint, far in zip(
+                    channel.joints, error > channel.tracking_tolerance, strict=True
+                )
+                if far
+            )
+            for joint in state.astray:
+                self.counters.astray[f"{channel.name}: {joint}"] += int(joint not in before)
+        return error
 
     def _mode(self, channels: tuple[ChannelCommand, ...]) -> Mode:
         if self._estop is not None:

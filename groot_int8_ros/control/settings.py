@@ -40,6 +40,8 @@ class Channel:
         start_tolerance: How far outside its limits a joint may stand, and how far from the last
             command, for the command to start there, float64, shape (J,).
         statistics: What the policy's training set held.
+        tracking_tolerance: Distance from the commands of the last second at which a position joint
+            counts as not following, float64, shape (J,); None where that is not judged.
 
     Raises:
         ConfigurationError: Joints and arrays do not go together.
@@ -52,6 +54,7 @@ class Channel:
     guard_distance: Float64Array
     start_tolerance: Float64Array
     statistics: Range | None = None
+    tracking_tolerance: Float64Array | None = None
 
     def __post_init__(self) -> None:
         where = f"channel '{self.name}'"
@@ -66,6 +69,8 @@ class Channel:
             "guard_distance": self.guard_distance,
             "start_tolerance": self.start_tolerance,
         }
+        if self.tracking_tolerance is not None:
+            arrays["tracking_tolerance"] = self.tracking_tolerance
         for name, array in arrays.items():
             if array.shape != (len(self.joints),):
                 raise ConfigurationError(
@@ -75,6 +80,8 @@ class Channel:
             raise ConfigurationError(
                 f"{where}: guard_distance must be above 0 and start_tolerance at least 0"
             )
+        if self.tracking_tolerance is not None and not (self.tracking_tolerance > 0.0).all():
+            raise ConfigurationError(f"{where}: tracking_tolerance must be above 0")
         zero_allowed = (self.limits.lower <= 0.0) & (self.limits.upper >= 0.0)
         if self.interface == "velocity" and not zero_allowed.all():
             raise ConfigurationError(

@@ -11,8 +11,9 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticStatus
 
-from groot_int8_ros.control.command import Command
+from groot_int8_ros.control.command import ChannelCommand, Command
 from groot_int8_ros.control.executor import Executor
+from groot_int8_ros.control.settings import Channel
 from groot_int8_ros.ros.diagnostics import ERROR, OK, STALE, WARN, status_message
 from groot_int8_ros.ros.executor_parameters import ExecutorParameters, OutputParameters
 
@@ -45,6 +46,7 @@ def executor_status(
         values |= _counted("refused", counters.refusals)
         values |= _counted("holds", counters.holds)
         values |= _counted("clamps", counters.clamps)
+        values |= _counted("not following", counters.astray)
     if failure:
         return status_message("executor", ERROR, failure, values)
     if executor is not None and executor.estop_reason is not None:
@@ -118,15 +120,32 @@ def channel_statuses(
         values |= {
             joint: f"{value:.5g}" for joint, value in zip(channel.joints, sent.values, strict=True)
         }
+        values |= {
+            f"tracking error: {joint}": f"{error:.4g}"
+            for joint, error in zip(channel.joints, sent.tracking_error, strict=True)
+            if channel.interface == "position"
+        }
         if sent.hold:
             level = ERROR if command.mode in ("holding", "estop") else WARN
             message = f"holding: {sent.hold.reason}: {sent.hold.message}"
         elif not subscribers[channel.name]:
             level, message = ERROR, f"nobody listens on {outputs[channel.name].topic}"
+        elif sent.astray:
+            level, message = WARN, not_following(channel, sent)
         else:
             level, message = OK, "ramping" if sent.ramping else "running"
         statuses.append(status_message(name, level, message, values))
     return statuses
+
+
+def not_following(channel: Channel, sent: ChannelCommand) -> str:
+    """Return which joints of a channel do not go where they are told."""
+    errors = dict(zip(channel.joints, sent.tracking_error, strict=True))
+    far = ", ".join(f"{joint} (by {errors[joint]:.3g})" for joint in sent.astray)
+    return (
+        f"does not follow its commands: {far}. Is the controller active, is something in the way, "
+        "or is another sender commanding?"
+    )
 
 
 def _counted(what: str, counts: Mapping[str, int]) -> dict[str, int]:

@@ -155,6 +155,10 @@ CHANNEL_PARAMETERS: Mapping[str, tuple[Any, str]] = {
     "step": (_INFINITE, "Largest change between two commands."),
     "guard_distance": ([0.3], "Farthest first command from the measured pose at full speed."),
     "start_tolerance": ([0.05], "Distance that counts as standing at a limit or a command."),
+    "tracking_tolerance": (
+        [0.1],
+        "Distance from all commands of the last second at which a joint counts as not following.",
+    ),
     "statistics_low": ([-math.inf], "Smallest value of the training set."),
     "statistics_high": (_INFINITE, "Largest value of the training set."),
 }
@@ -395,6 +399,7 @@ class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
             column("guard_distance"),
             column("start_tolerance"),
             statistics,
+            column("tracking_tolerance"),
         )
         return channel, self._output(prefix, channel, values)
 

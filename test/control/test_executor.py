@@ -60,6 +60,35 @@ def test_each_row_is_executed_when_it_is_due_and_not_from_row_0(make_bench: Make
     assert bench.executor.counters.underruns == 0
 
 
+def test_a_joint_that_ignores_its_commands_is_told_and_one_that_trails_is_not(
+    make_bench: MakeBench, make_arm: MakeChannel
+) -> None:
+    channels = (make_arm(tracking_tolerance=np.full(2, 0.1)),)
+    bench = running(make_bench, 4.0, channels=channels)
+    bench.follows = False
+    late = trailing = ignoring = 0.0
+    told: set[str] = set()
+    for _ in range(10):
+        bench.chunk(wave)
+        for _ in range(20):
+            # 0.4 s behind its commands.
+            bench.measured["shoulder"] = float(bench.values()[-20][0])
+            (sent,) = bench.step().channels
+            late = max(late, abs(bench.measured["shoulder"] - sent.values[0]))
+            trailing, ignoring = np.maximum((trailing, ignoring), sent.tracking_error)
+            told |= set(sent.astray)
+            assert sent.hold is None
+    assert late > 0.2 > 0.02 > trailing
+    assert ignoring > 0.1
+    assert told == {"elbow"}
+    assert bench.executor.counters.astray["arm: elbow"] >= 1
+    assert bench.executor.counters.astray["arm: shoulder"] == 0
+    # It follows again.
+    bench.follows = True
+    bench.run(wave, 1.0)
+    assert bench.commands[-1].channels[0].astray == ()
+
+
 def test_first_command_far_from_the_pose_is_ramped_slowly(make_bench: MakeBench) -> None:
     bench = make_bench(ramp_fraction=0.1)
     assert bench.enable() is None

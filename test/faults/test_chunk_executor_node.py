@@ -405,6 +405,26 @@ def test_joint_state_fails_and_comes_back(
     robot.until(robot.moves, "commands that move again")
 
 
+def _ignore_commands(message: JointState) -> JointState:
+    positions = list(message.position)
+    positions[message.name.index("elbow")] = -0.5
+    message.position = positions
+    return message
+
+
+def test_arm_that_ignores_its_commands_is_told(
+    robot: Robot, at_work: subprocess.Popen[bytes]
+) -> None:
+    robot.forget()
+    robot.spoil = _ignore_commands
+    robot.until(lambda: robot.says("channel arm", r"not follow.*: elbow \(by 0"), "the joint")
+    assert float(robot.value("channel arm", "tracking error: elbow")) > 0.1
+    assert robot.moves(), "a joint astray is not a hold"
+    robot.spoil = lambda message: message
+    robot.until(lambda: robot.says("channel arm", "^running"), "a joint that follows again")
+    assert int(robot.value("executor", "not following: arm: elbow")) >= 1
+
+
 @pytest.mark.parametrize(
     ("at_work", "refused"),
     [
