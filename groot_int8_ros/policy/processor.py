@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +115,9 @@ class StateKey:
         high: Upper bound (maximum or 99th percentile), float64 (D,), else None.
         mean: Mean, float64 (D,), else None.
         std: Standard deviation, float64 (D,), else None.
+        usual_low: 1st percentile of the training data, whatever the encoding, float64 (D,); None
+            where the statistics lack it. No inference depends on it.
+        usual_high: 99th percentile, likewise.
     """
 
     key: str
@@ -124,6 +127,8 @@ class StateKey:
     high: Float64Array | None = None
     mean: Float64Array | None = None
     std: Float64Array | None = None
+    usual_low: Float64Array | None = None
+    usual_high: Float64Array | None = None
 
     @property
     def encoded_dim(self) -> int:
@@ -621,13 +626,23 @@ def _state_keys(
         if use_sin_cos and key in sin_cos:
             # The values are not scaled; the statistics only tell how many there are.
             width = _statistic(stats, fields[0], where, None).shape[0]
-            keys.append(StateKey(key, width, "sin_cos"))
+            found = StateKey(key, width, "sin_cos")
         elif key in mean_std:
             mean, std = _moments(stats, where)
-            keys.append(StateKey(key, mean.shape[0], "mean_std", mean=mean, std=std))
+            found = StateKey(key, mean.shape[0], "mean_std", mean=mean, std=std)
         else:
             low, high = _bounds(stats, fields, where)
-            keys.append(StateKey(key, low.shape[0], "min_max", low=low, high=high))
+            found = StateKey(key, low.shape[0], "min_max", low=low, high=high)
+        percentiles = _bound_fields(use_percentiles=True)
+        if all(field in stats for field in percentiles):
+            usual_low, usual_high = _bounds(stats, percentiles, where)
+            if usual_low.shape != (found.dim,):
+                raise ProcessorError(
+                    f"{where}: {percentiles[0]} has shape {usual_low.shape}, the others have "
+                    f"({found.dim},). {_USE_SAVED_FILES}"
+                )
+            found = replace(found, usual_low=usual_low, usual_high=usual_high)
+        keys.append(found)
     return tuple(keys)
 
 

@@ -13,8 +13,9 @@ import pytest
 from groot_int8_ros.capture.coverage import Coverage, measure_coverage
 from groot_int8_ros.capture.sample import BackboneInputs, CaptureSample, DitInputs
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
-from groot_int8_ros.policy.bundle import Bundle, open_bundle
-from groot_int8_ros.policy.processor import StateKey
+from groot_int8_ros.policy.bundle import Bundle, Manifest, open_bundle
+from groot_int8_ros.policy.processor import Processor, StateKey
+from groot_int8_ros.policy.prompt_bank import PromptRecord, PromptRecords
 
 COUNT = 40
 
@@ -25,6 +26,8 @@ def bundle(tiny_bundle: Path) -> Bundle:
 
 
 def limits(key: StateKey) -> tuple[np.ndarray, np.ndarray]:
+    if key.usual_low is not None and key.usual_high is not None:
+        return key.usual_low, key.usual_high
     if key.low is not None and key.high is not None:
         return key.low, key.high
     assert key.mean is not None
@@ -64,12 +67,21 @@ def good_samples(bundle: Bundle) -> list[CaptureSample]:
     return samples
 
 
-def measure(bundle: Bundle, folder: Path, samples: list[CaptureSample]) -> Coverage:
+def measure(
+    bundle: Bundle,
+    folder: Path,
+    samples: list[CaptureSample],
+    *,
+    processor: Processor | None = None,
+    manifest: Manifest | None = None,
+) -> Coverage:
     with CaptureWriter(folder, CaptureMeta.of_bundle(bundle.manifest, "test")) as writer:
         for sample in samples:
             writer.add(sample)
         writer.flush(1000)
-    return measure_coverage(CaptureStore.open(folder), bundle.processor, bundle.manifest)
+    return measure_coverage(
+        CaptureStore.open(folder), processor or bundle.processor, manifest or bundle.manifest
+    )
 
 
 def test_set_that_covers_everything_has_nothing_thin(bundle: Bundle, tmp_path: Path) -> None:
@@ -143,6 +155,55 @@ def test_rare_instruction_is_named(bundle: Bundle, tmp_path: Path) -> None:
     samples[7] = replace(samples[7], instruction="place")
     (thin,) = measure(bundle, tmp_path / "store", samples).thin
     assert thin == "the instruction 'place' has 1 of 80 samples"
+
+
+def test_instructions_of_the_bundle_that_no_sample_was_told_are_named(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    texts = ("Task 0!", "stack the cubes", "task 1", "open the door")
+    bank = PromptRecords(32, tuple(PromptRecord(text, f"{text}.npz", 8) for text in texts))
+    manifest = replace(bundle.manifest, prompts=bank)
+    samples = good_samples(bundle)
+    for name, formalize, untold, counted in (
+        ("as written", False, ("Task 0!", "stack the cubes", "open the door"), "task 0"),
+        # Where the policy drops case and punctuation these two are one instruction.
+        ("formalized", True, ("stack the cubes", "open the door"), "Task 0!"),
+    ):
+        processor = replace(bundle.processor, formalize_language=formalize)
+        coverage = measure(
+            bundle, tmp_path / name, samples, processor=processor, manifest=manifest
+        )
+        listed = ", ".join(map(repr, untold))
+        assert coverage.thin == (
+            f"of the bundle's instructions {len(untold)} have no sample: {listed}",
+        )
+        assert coverage.instructions[counted] == COUNT // 2
+        assert all(coverage.instructions[text] == 0 for text in untold)
+
+
+def test_stray_moments_of_the_training_need_not_be_visited(bundle: Bundle, tmp_path: Path) -> None:
+    """A set that covers what 98 % of the training data did is not called thin for its extremes."""
+
+    def strayed(key: StateKey) -> StateKey:
+        low, high = limits(key)
+        room = high - low
+        return StateKey(
+            key.key, key.dim, "min_max", low - room, high + room, None, None, low, high
+        )
+
+    keys = tuple(strayed(key) for key in bundle.processor.state_keys)
+    for name, known, thin in (
+        ("percentiles", keys, 0),
+        (
+            "extremes alone",
+            tuple(replace(key, usual_low=None, usual_high=None) for key in keys),
+            sum(key.dim for key in keys),
+        ),
+    ):
+        processor = replace(bundle.processor, state_keys=known)
+        coverage = measure(bundle, tmp_path / name, good_samples(bundle), processor=processor)
+        assert len(coverage.thin) == thin, (name, coverage.thin)
+        assert all(joint.outside == 0.0 for joint in coverage.joints)
 
 
 def test_light_is_read_from_network_images_where_no_frames_are_stored(

@@ -218,6 +218,28 @@ def test_percentiles_replace_bounds_but_never_those_of_relative_actions() -> Non
     assert absolute.high.tolist() == _statistics_of(1)["q99"]
 
 
+def test_percentiles_of_the_state_are_known_whatever_its_encoding() -> None:
+    arm, hand = _parse(lambda *_: None).state_keys
+    assert (arm.encoding, hand.encoding) == ("sin_cos", "mean_std")
+    for key in (arm, hand):
+        assert key.usual_low is not None
+        assert key.usual_high is not None
+        assert key.usual_low.tolist() == _statistics_of(key.dim)["q01"]
+        assert key.usual_high.tolist() == _statistics_of(key.dim)["q99"]
+
+    def without(config: Json, statistics: Json, ids: Json) -> None:
+        del statistics["new_embodiment"]["state"]["hand"]["q99"]
+
+    assert [key.usual_low is None for key in _parse(without).state_keys] == [False, True]
+
+    def narrow(config: Json, statistics: Json, ids: Json) -> None:
+        for name in ("q01", "q99"):
+            statistics["new_embodiment"]["state"]["arm"][name].pop()
+
+    with pytest.raises(ProcessorError, match=r"'arm': q01 has shape \(1,\), the others have \(2,"):
+        _parse(narrow)
+
+
 def test_missing_action_configs_mean_absolute_targets() -> None:
     processor = _parse(_set_modality("action", "action_configs", None))
     assert {key.representation for key in processor.action_keys} == {"absolute"}
