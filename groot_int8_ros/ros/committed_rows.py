@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from groot_int8_ros.errors import ObservationError
-from groot_int8_ros.policy.robot import joint_to_policy
+from groot_int8_ros.policy.committed import committed_actions
 from groot_int8_ros.policy.types import CommittedActions, Float64Array, JointSpec
 from groot_int8_ros.ros.executor_messages import commitment_of
 
@@ -52,32 +51,5 @@ class CommittedReader:
             ObservationError: The message is malformed, lacks a joint, or leaves the policy no row.
         """
         commitment = commitment_of(message)
-        place = {name: index for index, name in enumerate(commitment.joint_names)}
-        needed = [joint.name for joints in self._joints.values() for joint in joints]
-        missing = [name for name in needed if name not in place]
-        if missing:
-            raise ObservationError(
-                f"it lacks {', '.join(missing)}: give the executor channels for every action "
-                "joint, or choose another seam"
-            )
         targets, mask = commitment.on_rows(observation_ns + self._after_ns)
-        rows = np.flatnonzero(mask)
-        if rows.size == mask.size:
-            raise ObservationError(
-                f"it covers all {rows.size} rows of the chunk: the policy takes longer than its "
-                "chunks last"
-            )
-        if not rows.size:
-            return None
-        return CommittedActions(
-            rows=rows.tolist(),
-            actions={
-                key: np.stack(
-                    [
-                        joint_to_policy(joints, row[[place[joint.name] for joint in joints]])
-                        for row in targets[rows]
-                    ]
-                ).astype(np.float32)
-                for key, joints in self._joints.items()
-            },
-        )
+        return committed_actions(self._joints, commitment.joint_names, targets, mask)

@@ -1,7 +1,6 @@
 """`groot-int8 closed-loop`: how often a bundle's policy does its task on the simulated robot.
 
-Owns: the subcommand, its file of results and the table. One line a finished episode is appended
-to the file, so an interrupted run goes on where it was.
+Owns: the subcommand and its table. An interrupted run goes on where it was; see `results`.
 """
 
 from __future__ import annotations
@@ -9,8 +8,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,11 +23,12 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.closed_loop.episode import ChunkPolicy, LoopSettings, run_episode
+from offline_tools.closed_loop.results import Results
+from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.robot import robot_description
 from offline_tools.simulation.tasks import TASKS, other_task
 
-_Z_95 = 1.959964
 _FILM_COLUMNS = 10
 
 
@@ -67,9 +65,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--seam",
-        choices=[kind for kind in SEAM_KINDS if kind != "rtc"],
+        choices=SEAM_KINDS,
         default="linear_blend",
-        help="how the executor goes from chunk to chunk (default: %(default)s)",
+        help="from chunk to chunk; rtc needs --bundle (default: %(default)s)",
     )
     parser.add_argument("--seed", type=seed, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="file of results, one JSON line an episode")
@@ -80,6 +78,10 @@ def run(args: argparse.Namespace) -> int:
     """Run the episodes that the file of results lacks, and print the table."""
     if not 0.0 <= args.latency_s <= 1.0:
         raise ConfigurationError("--latency-s must be from 0 to 1: chunks reach 1.5 s ahead")
+    if args.seam == "rtc" and not args.bundle:
+        raise ConfigurationError(
+            "--seam rtc gives the graphs the rows that are executed meanwhile: it needs --bundle"
+        )
     settings = LoopSettings(
         inference_period_s=args.inference_period_s,
         latency_s=args.latency_s,
@@ -97,15 +99,15 @@ def run(args: argparse.Namespace) -> int:
         simulation = Tabletop()
         closing.callback(simulation.close)
         setup = {**setup, "wrong_instruction": args.wrong_instruction, **asdict(settings)}
-        done = _read(args.output, setup) if args.output else {}
+        results = Results(args.output, setup) if args.output else None
+        done = dict(results.episodes) if results else {}
         numbers = range(args.first_seed, args.first_seed + args.episodes)
         for number in numbers:
             if number in done:
                 continue
             done[number] = _run_one(args, simulation, policy, number, settings)
-            if args.output:
-                with args.output.open("a", encoding="utf-8") as stream:
-                    stream.write(json.dumps(done[number]) + "\n")
+            if results:
+                results.add(done[number])
     _print([done[number] for number in numbers], args.wrong_instruction)
     return 0
 
@@ -161,36 +163,6 @@ def _policy(
         "checkpoint": digest,
         "denoising_steps": torch_policy.denoising_steps,
     }
-
-
-def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
-    """Return the 95 % interval of a proportion (Wilson 1927, J. Am. Stat. Assoc. 22)."""
-    share = successes / trials
-    spread = _Z_95**2 / trials
-    middle = (share + spread / 2.0) / (1.0 + spread)
-    half = (
-        _Z_95 * math.sqrt(share * (1.0 - share) / trials + spread / (4.0 * trials)) / (1 + spread)
-    )
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def _read(path: Path, setup: dict[str, Any]) -> dict[int, dict[str, Any]]:
-    """Return the finished episodes, or begin the file."""
-    head = json.dumps({"setup": setup}, sort_keys=True)
-    if not path.exists():
-        path.write_text(head + "\n", encoding="utf-8")
-        return {}
-    whole, _, cut = path.read_text(encoding="utf-8").rpartition("\n")
-    lines = whole.splitlines()
-    if not lines or lines[0] != head:
-        raise ConfigurationError(
-            f"{path} holds results of another bundle or of other options. Give another --output, "
-            "or delete it."
-        )
-    if cut:  # a kill in the middle of a line
-        path.write_text(whole + "\n", encoding="utf-8")
-    results = [json.loads(line) for line in lines[1:]]
-    return {result["seed"]: result for result in results}
 
 
 def _print(results: Sequence[dict[str, Any]], wrong: bool) -> None:

@@ -7,7 +7,6 @@ the simulation's: an inference takes as long as it is told to, whatever this mac
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -16,13 +15,20 @@ import numpy as np
 
 from groot_int8_ros.control.chunks import TimedChunk
 from groot_int8_ros.control.executor import Executor
-from groot_int8_ros.control.limits import JointLimits
 from groot_int8_ros.control.seams import SeamSettings
-from groot_int8_ros.control.settings import Channel, ExecutorSettings
+from groot_int8_ros.control.settings import ExecutorSettings
+from groot_int8_ros.policy.committed import committed_actions
 from groot_int8_ros.policy.robot import RobotDescription, policy_to_joint
-from groot_int8_ros.policy.types import ActionChunk, Float64Array, Observation, UInt8Array
+from groot_int8_ros.policy.types import (
+    ActionChunk,
+    CommittedActions,
+    Float64Array,
+    Observation,
+    UInt8Array,
+)
+from offline_tools.closed_loop.channels import CHANNELS
 from offline_tools.simulation.environment import CONTROL_PERIOD_S, Tabletop
-from offline_tools.simulation.kinematics import HIGH_RAD, JOINTS, LOW_RAD
+from offline_tools.simulation.kinematics import JOINTS
 from offline_tools.simulation.robot import JOINT_KEYS, by_key, degrees
 from offline_tools.simulation.tasks import Task
 
@@ -31,7 +37,6 @@ _PERIOD_NS = round(CONTROL_PERIOD_S * 1e9)
 _FIRST_STAMP_NS = 1_000_000_000
 _SEED_STAMP_NS = 1_000_000_000_000
 _LOOK_EVERY = 5
-_DEGREE = math.radians(1.0)
 
 
 class ChunkPolicy(Protocol):
@@ -42,7 +47,11 @@ class ChunkPolicy(Protocol):
         """Cameras, joints and action period."""
 
     def infer(
-        self, observation: Observation, noise: None = None, seed: int | None = None
+        self,
+        observation: Observation,
+        noise: None = None,
+        seed: int | None = None,
+        committed: CommittedActions | None = None,
     ) -> ActionChunk:
         """Answer one observation; see `Policy.infer`."""
 
@@ -80,6 +89,9 @@ class EpisodeResult:
         largest_step_rad: Largest change of a joint's command in one control period.
         jerk_rad_s3: Root mean square of the third derivative of the measured joints.
         held_s: Simulated time in which the executor held for want of rows or another reason.
+        seam_jump_rad: Largest difference between a new chunk and what was planned for its time,
+            before any blend or limit.
+        prefix_mismatches: With `rtc`, chunks that did not begin as was promised.
     """
 
     success: bool
@@ -89,6 +101,8 @@ class EpisodeResult:
     largest_step_rad: float
     jerk_rad_s3: float
     held_s: float
+    seam_jump_rad: float
+    prefix_mismatches: int
 
 
 def run_episode(
@@ -116,6 +130,7 @@ def run_episode(
     now_ns = first_ns = _FIRST_STAMP_NS + seed * _SEED_STAMP_NS
     pending: tuple[int, TimedChunk] | None = None
     observed_ns: int | None = None
+    answer: ActionChunk | None = None
     inferences, held, step = 0, 0, 0
     commands: list[Float64Array] = []
     measured: list[Float64Array] = []
@@ -139,18 +154,24 @@ def run_episode(
                 instruction=told.instruction,
                 stamp_ns=now_ns,
             )
-            chunk = timed_chunk(policy, policy.infer(observation, seed=settings.seed))
-            pending = (now_ns + round(settings.latency_s * 1e9), chunk)
+            committed = (
+                _promised(executor, policy, answer, now_ns)
+                if settings.seam.kind == "rtc"
+                else None
+            )
+            answer = policy.infer(observation, seed=settings.seed, committed=committed)
+            arrival_ns = now_ns + round(settings.latency_s * 1e9)
+            pending = (arrival_ns, timed_chunk(policy, answer))
             observed_ns = now_ns
             inferences += 1
         if pending is not None and pending[0] <= now_ns:
             executor.on_chunk(pending[1], now_ns, now_ns)
             pending = None
-        (channel,) = executor.step(now_ns, now_ns).channels
-        held += channel.hold is not None
-        commands.append(channel.values)
+        channels = executor.step(now_ns, now_ns).channels
+        held += any(channel.hold is not None for channel in channels)
+        commands.append(np.concatenate([channel.values for channel in channels]))
         measured.append(joints)
-        simulation.step(channel.values)
+        simulation.step(commands[-1])
         step += 1
         now_ns += _PERIOD_NS
         if step % _LOOK_EVERY == 0 or step == limit:
@@ -167,6 +188,8 @@ def run_episode(
         largest_step_rad=float(np.abs(np.diff(commands, axis=0)).max()),
         jerk_rad_s3=_jerk(np.stack(measured)),
         held_s=held * CONTROL_PERIOD_S,
+        seam_jump_rad=executor.counters.seam_jump_max,
+        prefix_mismatches=executor.counters.prefix_mismatches,
     )
 
 
@@ -184,20 +207,28 @@ def timed_chunk(policy: ChunkPolicy, chunk: ActionChunk) -> TimedChunk:
     )
 
 
+def _promised(
+    executor: Executor, policy: ChunkPolicy, last: ActionChunk | None, now_ns: int
+) -> CommittedActions | None:
+    """Return what is executed until the coming chunk is there, as its rows.
+
+    Args:
+        executor: Promises nothing before it knows the policy's latency.
+        policy: Whose chunk it is.
+        last: The chunk before, whose rows are due as far apart.
+        now_ns: Time of the observation.
+    """
+    commitment = executor.commitment(now_ns)
+    if commitment is None or last is None:
+        return None
+    due_ns = now_ns + np.round(last.time_from_start_s * 1e9).astype(np.int64)
+    targets, mask = commitment.on_rows(due_ns)
+    return committed_actions(policy.robot.action_joints, commitment.joint_names, targets, mask)
+
+
 def _executor_settings(settings: LoopSettings) -> ExecutorSettings:
-    count = len(JOINTS)
-    free = JointLimits.of(count)
-    limits = JointLimits(LOW_RAD, HIGH_RAD, free.velocity, free.acceleration, free.step)
-    arm = Channel(
-        "arm",
-        JOINTS,
-        "position",
-        limits,
-        guard_distance=np.full(count, np.inf),
-        start_tolerance=np.full(count, _DEGREE),
-    )
     return ExecutorSettings(
-        (arm,),
+        CHANNELS,
         control_period_s=CONTROL_PERIOD_S,
         seam=settings.seam,
         chunk_timeout_s=max(1.0, 2.0 * (settings.latency_s + settings.inference_period_s)),

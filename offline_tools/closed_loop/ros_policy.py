@@ -16,9 +16,9 @@ import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from trajectory_msgs.msg import JointTrajectory
 
-from groot_int8_ros.errors import GrootError
+from groot_int8_ros.errors import ConfigurationError, GrootError
 from groot_int8_ros.policy.robot import RobotDescription, joint_to_policy
-from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
 from groot_int8_ros.ros.executor_messages import chunk_of
 from groot_int8_ros.ros.managed_node import RELIABLE
 from offline_tools.simulation.ros_messages import CHUNK_TOPIC, RobotTopics
@@ -73,7 +73,11 @@ class NodePolicy:
         return self._robot
 
     def infer(
-        self, observation: Observation, noise: None = None, seed: int | None = None
+        self,
+        observation: Observation,
+        noise: None = None,
+        seed: int | None = None,
+        committed: CommittedActions | None = None,
     ) -> ActionChunk:
         """Publish an observation and wait for the node's chunk.
 
@@ -81,10 +85,17 @@ class NodePolicy:
             observation: Published as it is, joint values in radians.
             noise: Drawn by the node.
             seed: The node's own parameter decides; this one is not sent.
+            committed: The node hears of them from the executor node alone.
 
         Raises:
+            ConfigurationError: Rows are committed.
             NodeSilentError: There is no node, or no chunk within the time.
         """
+        if committed is not None:
+            raise ConfigurationError(
+                "the stepped loop cannot tell the node of committed rows: choose another seam, or "
+                "run chunk_executor_node with seam.kind rtc"
+            )
         self._wait_until_watched()
         stamp = observation.stamp_ns
         self._chunks.clear()

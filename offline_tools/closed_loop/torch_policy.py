@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.policy import DEFAULT_SEED, draw_noise
 from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.preprocess import Preprocessor, PromptTokenizer
 from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.robot import RobotDescription
-from groot_int8_ros.policy.types import ActionChunk, Observation
+from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
 from offline_tools.model.checkpoint import load_model
 from offline_tools.model.policy_model import ModelInputs
 
@@ -54,9 +55,22 @@ class TorchPolicy:
         return self._robot
 
     def infer(
-        self, observation: Observation, noise: None = None, seed: int | None = None
+        self,
+        observation: Observation,
+        noise: None = None,
+        seed: int | None = None,
+        committed: CommittedActions | None = None,
     ) -> ActionChunk:
-        """Answer one observation; see `Policy.infer`."""
+        """Answer one observation; see `Policy.infer`.
+
+        Raises:
+            ConfigurationError: Rows are committed, which only graphs take.
+        """
+        if committed is not None:
+            raise ConfigurationError(
+                "PyTorch on the checkpoint takes no committed rows: export it, and run the bundle "
+                "with the seam rtc"
+            )
         inputs = self._preprocess(observation)
         used = DEFAULT_SEED if seed is None else seed
         shape = (self._config.action_horizon, self._config.max_action_dim)

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from offline_tools.cli import main
-from offline_tools.closed_loop.command import wilson_interval
 from offline_tools.training.shipped import POLICY_FOLDER
 
 _QUICK = ("--inference-period-s", "1.2", "--denoising-steps", "1")
@@ -45,10 +44,3 @@ def test_an_interrupted_run_goes_on_and_other_options_are_refused(
     assert _run(output, "--episodes", "1", "--latency-s", "0.1") == 2
     assert "other options" in capsys.readouterr().err
     assert output.read_text().splitlines()[1] == first
-
-
-def test_the_interval_is_wilsons() -> None:
-    # Values of Brown, Cai and DasGupta 2001 and of the closed form at the ends.
-    assert wilson_interval(0, 10) == pytest.approx((0.0, 0.2775), abs=1e-4)
-    assert wilson_interval(50, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)
-    assert wilson_interval(100, 100) == pytest.approx((0.9630, 1.0), abs=1e-4)
