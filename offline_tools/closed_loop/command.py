@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from groot_int8_ros.control.seams import SEAM_KINDS, SeamSettings
 from groot_int8_ros.errors import ConfigurationError
@@ -26,10 +25,9 @@ from offline_tools.closed_loop.episode import ChunkPolicy, LoopSettings, run_epi
 from offline_tools.closed_loop.results import Results
 from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.simulation.environment import Tabletop
+from offline_tools.simulation.film import film_strip
 from offline_tools.simulation.robot import robot_description
 from offline_tools.simulation.tasks import TASKS, other_task
-
-_FILM_COLUMNS = 10
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -122,17 +120,17 @@ def _run_one(
     """Run the episode of a seed, whose task follows from it."""
     asked = TASKS[number % len(TASKS)]
     told = other_task(asked, number // len(TASKS)) if args.wrong_instruction else asked
-    film: list[UInt8Array] = []
+    film: list[Mapping[str, UInt8Array]] = []
 
     def keep(frames: Mapping[str, UInt8Array]) -> None:
-        film.append(np.concatenate(list(frames.values())))
+        film.append(frames)
 
     filmed = args.film is not None and number == args.first_seed
     result = run_episode(
         simulation, policy, number, asked, told, settings, keep if filmed else None
     )
     if filmed:
-        _write_film(args.film, film)
+        film_strip(film).save(args.film)
         print(f"{args.film}: {told.instruction}")
     return {"seed": number, **asdict(result)}
 
@@ -182,10 +180,3 @@ def _print(results: Sequence[dict[str, Any]], wrong: bool) -> None:
     print(f"largest step of a command: {max(r['largest_step_rad'] for r in results):.3f} rad")
     print(f"jerk, root mean square: {np.mean([r['jerk_rad_s3'] for r in results]):.1f} rad/s³")
     print(f"held: {sum(r['held_s'] for r in results) / count:.2f} s an episode")
-
-
-def _write_film(path: Path, film: Sequence[UInt8Array]) -> None:
-    """Write evenly spaced frames side by side, the front camera over the wrist's."""
-    chosen = np.linspace(0, len(film) - 1, min(_FILM_COLUMNS, len(film))).round().astype(int)
-    strip = Image.fromarray(np.concatenate([film[index] for index in chosen], axis=1))
-    strip.resize((strip.width // 2, strip.height // 2), Image.Resampling.BOX).save(path)

@@ -30,6 +30,7 @@ from offline_tools.closed_loop.channels import CHANNELS
 from offline_tools.simulation.environment import CONTROL_PERIOD_S, Tabletop
 from offline_tools.simulation.kinematics import JOINTS
 from offline_tools.simulation.robot import JOINT_KEYS, by_key, degrees
+from offline_tools.simulation.smoothness import jerk_rad_s3, largest_step_rad
 from offline_tools.simulation.tasks import Task
 
 _PERIOD_NS = round(CONTROL_PERIOD_S * 1e9)
@@ -185,8 +186,8 @@ def run_episode(
         told_success=told_fulfilled,
         time_s=(now_ns - first_ns) / 1e9,
         inferences=inferences,
-        largest_step_rad=float(np.abs(np.diff(commands, axis=0)).max()),
-        jerk_rad_s3=_jerk(np.stack(measured)),
+        largest_step_rad=largest_step_rad(commands),
+        jerk_rad_s3=jerk_rad_s3(measured, CONTROL_PERIOD_S),
         held_s=held * CONTROL_PERIOD_S,
         seam_jump_rad=executor.counters.seam_jump_max,
         prefix_mismatches=executor.counters.prefix_mismatches,
@@ -233,8 +234,3 @@ def _executor_settings(settings: LoopSettings) -> ExecutorSettings:
         seam=settings.seam,
         chunk_timeout_s=max(1.0, 2.0 * (settings.latency_s + settings.inference_period_s)),
     )
-
-
-def _jerk(measured_rad: Float64Array) -> float:
-    third = np.diff(measured_rad, n=3, axis=0) / CONTROL_PERIOD_S**3
-    return float(np.sqrt(np.mean(third**2))) if len(third) else 0.0

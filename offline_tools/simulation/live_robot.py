@@ -1,15 +1,21 @@
-"""The simulated robot as a ROS 2 process in real time: cameras and joint states out, commands in.
+"""The simulated robot as a ROS 2 process: cameras and joint states out, commands in.
 
 Owns: the loop over control periods, `/clock`, episodes and their results. Takes the commands of
 `chunk_executor_node` on the topics of a robot with ros2_control, so nothing of the node knows that
 the robot is simulated. Between two episodes the table is set anew and the arm stays where it is,
 as on a real robot. `/clock` never jumps back.
+
+Time is real, or stepped: then it stands after each observation until the policy's chunk for it is
+there, and in each control period until both controllers were commanded, so a slow machine makes
+the episode slow and not the robot late. The executor is the one that robots run, whose watchdogs
+live on the steady clock; where time stands they need patience (`simulated_arm_stepped.yaml`). A
+command may be one control period older than the clock, since both go their ways at once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +25,19 @@ from rclpy.qos import QoSProfile
 from std_msgs.msg import Float64MultiArray, String
 from trajectory_msgs.msg import JointTrajectory
 
-from groot_int8_ros.policy.types import Float64Array
+from groot_int8_ros.errors import GrootError
+from groot_int8_ros.policy.types import Float64Array, UInt8Array
+from groot_int8_ros.ros.joints import stamp_ns
+from groot_int8_ros.ros.managed_node import RELIABLE
 from offline_tools.simulation.environment import CONTROL_PERIOD_S, Tabletop
 from offline_tools.simulation.kinematics import JOINTS
 from offline_tools.simulation.ros_messages import (
     ARM_COMMAND_TOPIC,
+    CHUNK_TOPIC,
     GRIPPER_COMMAND_TOPIC,
     RobotTopics,
 )
+from offline_tools.simulation.smoothness import jerk_rad_s3, largest_step_rad
 from offline_tools.simulation.tasks import Task
 
 _PERIOD_NS = round(CONTROL_PERIOD_S * 1e9)
@@ -36,7 +47,15 @@ _ARM = len(JOINTS) - 1
 _WITHDRAW_S = 1.5
 _STILL_RAD = 1e-4
 _STILL_STEPS = round(1.0 / CONTROL_PERIOD_S)
+_LOOK_S = 0.05
+# What one subscriber of the policy received and the other lost is sent to both again.
+_REPEAT_S = 3.0
+_BOTH = frozenset(("arm", "gripper"))
 RESULT_TOPIC = "simulated_robot/result"
+
+
+class NodesSilentError(GrootError):
+    """Policy or executor gave nothing while a stepped clock waited for it."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +70,8 @@ class LiveResult:
         commands: Number of commands that arrived.
         tracking_error_rad: Largest distance of an arm's joint from a target that has stood still
             for a second: an arm that does not follow shows here.
+        largest_step_rad: Largest change of a joint's command in one control period, to success.
+        jerk_rad_s3: Root mean square of the third derivative of the measured joints, to success.
         wall_s: Real time of the episode.
     """
 
@@ -60,6 +81,8 @@ class LiveResult:
     time_s: float
     commands: int
     tracking_error_rad: float
+    largest_step_rad: float
+    jerk_rad_s3: float
     wall_s: float
 
 
@@ -91,6 +114,7 @@ class LiveRobot:
         simulation: The simulated robot.
         start_ns: First time of `/clock`.
         camera_steps: Control periods between two frames of each camera.
+        patience_s: Real time within which a stepped clock expects an answer; None for real time.
     """
 
     def __init__(
@@ -101,13 +125,21 @@ class LiveRobot:
         *,
         start_ns: int,
         camera_steps: int = 5,
+        patience_s: float | None = None,
     ) -> None:
         self._executor = executor
         self._simulation = simulation
-        self._now_ns = start_ns
+        self._now_ns = start_ns - _PERIOD_NS
         self._camera_steps = camera_steps
+        self._patience_s = patience_s
         self._steps = 0
+        self._has_begun = False
         self._commands = 0
+        self._commanded: set[str] = set()
+        self._chunk_ns = 0
+        self._frames: Mapping[str, UInt8Array] = {}
+        self._looked = False
+        self._due_s = 0.0
         self._target = simulation.target_rad()
         self.topics = RobotTopics(node)
         self._results = node.create_publisher(String, RESULT_TOPIC, 10)
@@ -116,10 +148,17 @@ class LiveRobot:
             node.create_subscription(
                 Float64MultiArray, GRIPPER_COMMAND_TOPIC, self._on_gripper, _NEWEST
             ),
+            node.create_subscription(JointTrajectory, CHUNK_TOPIC, self._on_chunk, RELIABLE),
         ]
 
     def episode(
-        self, seed: int, task: Task, *, limit_s: float, go_on: Callable[[float], bool]
+        self,
+        seed: int,
+        task: Task,
+        *,
+        limit_s: float,
+        go_on: Callable[[float], bool],
+        on_frames: Callable[[Mapping[str, UInt8Array]], None] | None = None,
     ) -> LiveResult | None:
         """Set the table, tell the task, and run until it is done or the time is over.
 
@@ -128,21 +167,31 @@ class LiveRobot:
             task: What is asked.
             limit_s: Simulated time.
             go_on: Waits for a time of `time.monotonic()` and says whether to go on.
+            on_frames: Called with the frames that are published until success.
 
         Returns:
             The result, or None when told to end.
+
+        Raises:
+            NodesSilentError: Time is stepped, and an answer did not come.
         """
-        stood = self._simulation.joints_rad() if self._steps else None
+        stood = self._simulation.joints_rad() if self._has_begun else None
         self._simulation.reset(seed)
         if stood is None:
             self._target = self._simulation.target_rad()
         else:
             self._simulation.put_arm(stood)
+        self._has_begun = True
         self._commands, began_s = 0, time.monotonic()
+        # The instruction is to be heard before the first picture.
+        self._steps = -1
         self.topics.publish_instruction(task.instruction)
         tracking = _Tracking()
         success_s: float | None = None
-        due_s = began_s
+        commanded: list[Float64Array] = []
+        measured: list[Float64Array] = []
+        self._due_s = began_s
+        pass_period = self._pass_real_period if self._patience_s is None else self._pass_stepped
         for step in range(round((limit_s + _WITHDRAW_S) / CONTROL_PERIOD_S)):
             elapsed_s = step * CONTROL_PERIOD_S
             if success_s is None and elapsed_s >= limit_s:
@@ -150,12 +199,13 @@ class LiveRobot:
             if success_s is not None and elapsed_s >= success_s + _WITHDRAW_S:
                 break
             self._publish()
-            due_s += CONTROL_PERIOD_S
-            if not go_on(due_s):
+            if self._looked and on_frames is not None and success_s is None:
+                on_frames(self._frames)
+            if not pass_period(go_on):
                 return None
-            # What is late is not made up for: time passes more slowly instead.
-            due_s = max(due_s, time.monotonic() - CONTROL_PERIOD_S)
-            self._take_commands()
+            if success_s is None:
+                commanded.append(self._target.copy())
+                measured.append(self._simulation.joints_rad())
             self._simulation.step(self._target)
             tracking.look(self._simulation.target_rad(), self._simulation.joints_rad())
             if success_s is None and self._simulation.success(task):
@@ -167,6 +217,8 @@ class LiveRobot:
             time_s=limit_s if success_s is None else success_s,
             commands=self._commands,
             tracking_error_rad=tracking.largest_rad,
+            largest_step_rad=largest_step_rad(commanded),
+            jerk_rad_s3=jerk_rad_s3(measured, CONTROL_PERIOD_S),
             wall_s=time.monotonic() - began_s,
         )
 
@@ -175,15 +227,12 @@ class LiveRobot:
         self._results.publish(String(data=text))
 
     def idle(self, go_on: Callable[[float], bool], until: Callable[[], bool]) -> bool:
-        """Publish without moving until something holds; return False when told to end."""
-        due_s = time.monotonic()
+        """Publish in real time, without a task, until something holds; False when told to end."""
+        self._due_s = time.monotonic()
         while not until():
             self._publish()
-            due_s += CONTROL_PERIOD_S
-            if not go_on(due_s):
+            if not self._pass_real_period(go_on):
                 return False
-            due_s = max(due_s, time.monotonic() - CONTROL_PERIOD_S)
-            self._take_commands()
             self._simulation.step(self._target)
         return True
 
@@ -193,15 +242,71 @@ class LiveRobot:
         return self._commands
 
     def _publish(self) -> None:
+        self._now_ns += _PERIOD_NS
         self.topics.publish_clock(self._now_ns)
         self.topics.publish_joints(self._simulation.joints_rad(), self._now_ns)
-        if self._steps % self._camera_steps == 0:
-            self.topics.publish_frames(self._simulation.frames(), self._now_ns)
+        self._looked = self._steps % self._camera_steps == 0
+        if self._looked:
+            self._frames = self._simulation.frames()
+            self.topics.publish_frames(self._frames, self._now_ns)
         self._steps += 1
-        self._now_ns += _PERIOD_NS
+
+    def _pass_real_period(self, go_on: Callable[[float], bool]) -> bool:
+        self._due_s += CONTROL_PERIOD_S
+        if not go_on(self._due_s):
+            return False
+        # What is late is not made up for: time passes more slowly instead.
+        self._due_s = max(self._due_s, time.monotonic() - CONTROL_PERIOD_S)
+        self._take_commands()
+        return True
+
+    def _pass_stepped(self, go_on: Callable[[float], bool]) -> bool:
+        if self._looked and not self._await(
+            lambda: self._chunk_ns >= self._now_ns,
+            go_on,
+            "the policy node gave no chunk for an observation",
+            self._publish_again,
+        ):
+            return False
+        # A command that waits here was given before the chunk, or before the clock.
+        self._take_commands()
+        self._commanded.clear()
+        return self._await(
+            lambda: self._commanded >= _BOTH, go_on, "the executor commanded nothing"
+        )
+
+    def _publish_again(self) -> None:
+        self.topics.publish_clock(self._now_ns)
+        self.topics.publish_joints(self._simulation.joints_rad(), self._now_ns)
+        self.topics.publish_frames(self._frames, self._now_ns)
+
+    def _await(
+        self,
+        met: Callable[[], bool],
+        go_on: Callable[[float], bool],
+        what: str,
+        again: Callable[[], None] = lambda: None,
+    ) -> bool:
+        """Wait for an answer while time stands; False when told to end."""
+        assert self._patience_s is not None
+        began_s = repeated_s = time.monotonic()
+        while not met():
+            now_s = time.monotonic()
+            if not go_on(now_s):
+                return False
+            if now_s - began_s > self._patience_s:
+                raise NodesSilentError(
+                    f"{what} within {self._patience_s:g} s. Its log and /diagnostics say why; "
+                    "docs/closed_loop.md has the parameters that a stepped clock needs."
+                )
+            if now_s - repeated_s > _REPEAT_S:
+                repeated_s = now_s
+                again()
+            self._executor.spin_once(timeout_sec=_LOOK_S)
+        return True
 
     def _take_commands(self) -> None:
-        # One callback a call: clock and joint states have none, commands have two topics.
+        # One callback a call; there are two topics of commands, and the chunks.
         for _ in range(4):
             self._executor.spin_once(timeout_sec=0.0)
 
@@ -212,8 +317,13 @@ class LiveRobot:
             if name in JOINTS and np.isfinite(position):
                 self._target[JOINTS.index(name)] = position
         self._commands += 1
+        self._commanded.add("arm")
 
     def _on_gripper(self, message: Any) -> None:
         if len(message.data) == 1 and np.isfinite(message.data[0]):
             self._target[_ARM] = message.data[0]
             self._commands += 1
+            self._commanded.add("gripper")
+
+    def _on_chunk(self, message: Any) -> None:
+        self._chunk_ns = stamp_ns(message.header)

@@ -1,4 +1,4 @@
-"""`groot-int8 simulate`: the simulated robot as a ROS 2 process in real time.
+"""`groot-int8 simulate`: the simulated robot as a ROS 2 process, in real time or stepped.
 
 Owns: the subcommand: when episodes begin, and what is written of them. Must not import torch, and
 imports rclpy only when it runs.
@@ -9,16 +9,24 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from groot_int8_ros.policy.files import refuse_occupied
+from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.arguments import not_negative_float, positive_float, positive_int, seed
 from offline_tools.bags.play_bag import StopSignals
+from offline_tools.simulation.film import film_strip
 from offline_tools.simulation.tasks import TASKS, parse_task
 
 _SIGNALLED = 128
 _NO_NODE = 1
+# The policy's 5 Hz: in real time it takes the newest picture, where time is stepped every one.
+_STEPPED_CAMERA_STEPS = 10
+# Of a stepped clock with an inference or a control period.
+_PATIENCE_S = 60.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default=60.0,
         help="wait this long for the first command; 0 does not wait (default: %(default)s)",
     )
+    parser.add_argument(
+        "--stepped",
+        action="store_true",
+        help="let time stand until the policy and the executor have answered",
+    )
     parser.add_argument("--output", type=Path, help="file of results, one JSON line an episode")
+    parser.add_argument("--film", type=Path, help="picture of the first episode to write")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +85,12 @@ def run(args: argparse.Namespace) -> int:
     results = []
     try:
         with StopSignals() as stop:
-            robot = LiveRobot(node, executor, simulation, start_ns=time.time_ns())
+            pace: dict[str, Any] = (
+                {"camera_steps": _STEPPED_CAMERA_STEPS, "patience_s": _PATIENCE_S}
+                if args.stepped
+                else {}
+            )
+            robot = LiveRobot(node, executor, simulation, start_ns=time.time_ns(), **pace)
             give_up_s = time.monotonic() + args.wait_s
             waited = robot.idle(
                 stop.wait_until,
@@ -82,9 +101,19 @@ def run(args: argparse.Namespace) -> int:
                 return _NO_NODE
             for number in range(args.first_seed, args.first_seed + args.episodes):
                 task = fixed or TASKS[number % len(TASKS)]
-                result = robot.episode(number, task, limit_s=args.limit_s, go_on=stop.wait_until)
+                film: list[Mapping[str, UInt8Array]] = []
+                filmed = args.film is not None and number == args.first_seed
+                result = robot.episode(
+                    number,
+                    task,
+                    limit_s=args.limit_s,
+                    go_on=stop.wait_until,
+                    on_frames=film.append if filmed else None,
+                )
                 if result is None:
                     break
+                if film:
+                    film_strip(film).save(args.film)
                 results.append(result)
                 line = json.dumps(asdict(result))
                 robot.publish_result(line)

@@ -86,6 +86,73 @@ def test_told_to_end_an_episode_has_no_result(simulation: Tabletop, ros: tuple[A
     assert robot.episode(0, _TASK, limit_s=1.0, go_on=lambda _: False) is None
 
 
+def test_a_stepped_clock_stands_until_policy_and_executor_have_answered(
+    simulation: Tabletop, ros: tuple[Any, Any]
+) -> None:
+    from rosgraph_msgs.msg import Clock
+    from sensor_msgs.msg import Image
+    from std_msgs.msg import Float64MultiArray
+    from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
+
+    from offline_tools.simulation.live_robot import LiveRobot, NodesSilentError
+    from offline_tools.simulation.ros_messages import (
+        ARM_COMMAND_TOPIC,
+        CHUNK_TOPIC,
+        GRIPPER_COMMAND_TOPIC,
+    )
+
+    node, executor = ros
+    chunks = node.create_publisher(JointTrajectory, CHUNK_TOPIC, 10)
+    arm = node.create_publisher(JointTrajectory, ARM_COMMAND_TOPIC, 10)
+    gripper = node.create_publisher(Float64MultiArray, GRIPPER_COMMAND_TOPIC, 10)
+    clocks: list[int] = []
+    pictures: list[int] = []
+    node.create_subscription(
+        Clock, "/clock", lambda m: clocks.append(m.clock.sec * 10**9 + m.clock.nanosec), 10
+    )
+    node.create_subscription(
+        Image,
+        "cameras/front/image_raw",
+        lambda m: pictures.append(m.header.stamp.sec * 10**9 + m.header.stamp.nanosec),
+        10,
+    )
+    robot = LiveRobot(*ros, simulation, start_ns=10**9, camera_steps=4, patience_s=20.0)
+    said: list[str] = []
+    silent: set[str] = set()
+
+    def answer(_due_s: float) -> bool:
+        """Say one thing a call: the executor first, so that it alone cannot move the clock."""
+        point = JointTrajectoryPoint(positions=[0.0] * 5)
+        for name, publisher, message in (
+            ("arm", arm, JointTrajectory(joint_names=list(JOINTS[:5]), points=[point])),
+            ("gripper", gripper, Float64MultiArray(data=[0.0])),
+        ):
+            if name not in silent:
+                publisher.publish(message)
+        if len(clocks) < 5 and pictures and len(said) < 20:
+            said.append("waited")
+            assert clocks[-1] == pictures[0], "time went on without a chunk"
+        elif pictures and "policy" not in silent:
+            chunk = JointTrajectory()
+            chunk.header.stamp.sec, chunk.header.stamp.nanosec = divmod(pictures[-1], 10**9)
+            chunks.publish(chunk)
+        return True
+
+    result = robot.episode(0, _TASK, limit_s=0.2, go_on=answer)
+    assert result is not None
+    assert len(said) == 20
+    executor.spin_once(timeout_sec=0.1)
+    assert clocks == [10**9 + 20_000_000 * step for step in range(10)]
+    assert pictures == clocks[1::4]
+    robot._patience_s = 0.3
+    silent.add("gripper")
+    with pytest.raises(NodesSilentError, match="executor commanded nothing"):
+        robot.episode(0, _TASK, limit_s=0.2, go_on=answer)
+    silent.symmetric_difference_update({"gripper", "policy"})
+    with pytest.raises(NodesSilentError, match="no chunk for an observation"):
+        robot.episode(0, _TASK, limit_s=0.2, go_on=answer)
+
+
 def test_an_arm_that_ignores_commands_shows_as_a_tracking_error() -> None:
     from offline_tools.simulation.live_robot import _Tracking
 
