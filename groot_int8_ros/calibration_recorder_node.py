@@ -54,7 +54,7 @@ from groot_int8_ros.ros.diagnostics import (
 from groot_int8_ros.ros.instruction import InstructionTopic
 from groot_int8_ros.ros.joints import TrajectoryReader, stamp_ns
 from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
-from groot_int8_ros.ros.observation_buffer import USED, Hold
+from groot_int8_ros.ros.observation_buffer import LONGEST_GATHERING_S, USED, Hold
 from groot_int8_ros.ros.observations import ObservationStreams
 from groot_int8_ros.ros.recorder_parameters import RecorderParameterSet
 from groot_int8_ros.ros.recording import Conversions, Recording, RecordingWorker
@@ -231,6 +231,7 @@ class CalibrationRecorderNode(ManagedNode):
             time.sleep(min(wait_s, max(0.0, end_s - time.monotonic())))
             if self._due_s > time.monotonic():
                 return None
+        streams.buffer.wait_for_others(LONGEST_GATHERING_S)
         parameters = self._node_parameters.current
         found = streams.buffer.assemble(
             self._now_ns(), parameters.max_observation_age_s, parameters.max_observation_skew_s

@@ -29,6 +29,7 @@ from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.instruction_gate import InstructionGate
 from groot_int8_ros.ros.observation_buffer import (
     FROZEN,
+    LONGEST_GATHERING_S,
     USED,
     Hold,
     ObservationBuffer,
@@ -171,6 +172,7 @@ class InferenceWorker:
             # Frames that arrive during this pause are not lost: the newest is read after it.
             if self._stopping.wait(max(0.0, due_s - time.monotonic())):
                 break
+            self._buffer.wait_for_others(LONGEST_GATHERING_S)
             started_s = time.monotonic()
             period_s = 1.0 / self._host.parameters().inference_rate_hz
             if self._attempt(started_s, period_s):

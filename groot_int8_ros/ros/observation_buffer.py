@@ -26,6 +26,10 @@ _NANOSECONDS = 1e9
 
 # A stamp this much older than its predecessor is another pass, not a reordered message.
 BACKWARD_JUMP_S = 0.5
+# A camera whose newest frame is this part of its period older than another's has one under way.
+_DUE_AFTER_PERIODS = 0.75
+# Frames of cameras that fire together arrive within a few milliseconds, or one was lost.
+LONGEST_GATHERING_S = 0.005
 
 MISSING = "missing"
 UNSTAMPED = "unstamped"
@@ -139,6 +143,8 @@ class ObservationBuffer:
         self._samples: dict[str, Sample] = {}
         self._counts = dict.fromkeys(self._by_name, 0)
         self._arrivals: dict[str, float] = {}
+        # Camera to the time between the stamps of its two newest frames.
+        self._periods_ns: dict[str, int] = {}
         self._version = 0
         self._epoch = 0
         self._used_stamp_ns: int | None = None
@@ -162,6 +168,8 @@ class ObservationBuffer:
             previous = self._samples.get(name)
             if previous and previous.stamp_ns - stamp_ns > BACKWARD_JUMP_S * _NANOSECONDS:
                 self._drop_all()
+            elif previous and stamp_ns > previous.stamp_ns and self._by_name[name].is_camera:
+                self._periods_ns[name] = stamp_ns - previous.stamp_ns
             self._samples[name] = Sample(message, stamp_ns, arrival_s)
             self._counts[name] += 1
             self._arrivals[name] = arrival_s
@@ -193,6 +201,33 @@ class ObservationBuffer:
         with self._changed:
             self._changed.wait_for(lambda: self._version != version, timeout_s)
             return self._version
+
+    def wait_for_others(self, longest_s: float) -> None:
+        """Wait for frames that were taken with the newest one and have not arrived yet.
+
+        Args:
+            longest_s: After the arrival of the newest frame nothing is waited for longer than
+                this: the other frame may be lost.
+        """
+        with self._changed:
+            while (left_s := self._gathering_s(longest_s)) > 0.0:
+                self._changed.wait(left_s)
+
+    def _gathering_s(self, longest_s: float) -> float:
+        frames = {
+            stream.name: self._samples[stream.name]
+            for stream in self.streams
+            if stream.is_camera and stream.name in self._samples
+        }
+        newest_ns = max((frame.stamp_ns for frame in frames.values()), default=0)
+        if not any(
+            newest_ns - frame.stamp_ns > _DUE_AFTER_PERIODS * self._periods_ns[name]
+            for name, frame in frames.items()
+            if name in self._periods_ns
+        ):
+            return 0.0
+        arrived_s = max(frame.arrival_s for frame in frames.values())
+        return arrived_s + longest_s - time.monotonic()
 
     def assemble(self, now_ns: int, max_age_s: float, max_skew_s: float) -> Snapshot | Hold:
         """Return an observation's messages, or why there is none.

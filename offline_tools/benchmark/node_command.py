@@ -16,6 +16,7 @@ from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import atomic_file
 from offline_tools.arguments import positive_float
+from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, RANGE_VARIABLE, TRANSPORTS_VARIABLE
 
 _LONGEST_START_S = 120.0
 # Neither the default domain nor one that a robot is likely to use.
@@ -44,8 +45,10 @@ def run(args: argparse.Namespace) -> int:
     environment = {
         **os.environ,
         "ROS_DOMAIN_ID": os.environ.get("ROS_DOMAIN_ID", str(_DOMAIN)),
-        # Nothing leaves this machine. It also sets the transports, whatever else asks for others.
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
+        # With LOCALHOST Fast DDS takes transports that lose frames (docs/dds.md); the domain keeps
+        # robots out.
+        RANGE_VARIABLE: "SUBNET",
+        TRANSPORTS_VARIABLE: LARGE_IMAGE_TRANSPORTS,
     }
 
     def start(module: str, *options: str) -> subprocess.Popen[str]:

@@ -6,7 +6,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
+from groot_int8_ros.ros import inference_worker
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.inference_worker import Host, InferenceWorker
 from groot_int8_ros.ros.observation_buffer import ObservationBuffer, Snapshot, Stream
@@ -37,13 +39,17 @@ def policy(tiny_bundle: Path) -> Iterator[Policy]:
 class Bench:
     """The inference worker with the real policy, driven without DDS."""
 
-    def __init__(self, policy: Policy) -> None:
+    def __init__(self, policy: Policy, cameras: Sequence[str] = ("camera",)) -> None:
         self.instruction = "pick up the cube"
         self.published: list[tuple[ActionChunk, str, int]] = []
         self.before_read: Callable[[], None] = lambda: None
         self.committed: Callable[[int], CommittedActions | None] = lambda stamp_ns: None
+        self.snapshots: list[Snapshot] = []
         self.buffer = ObservationBuffer(
-            [Stream("camera", "/camera", True), Stream("joints", "/joints", False)]
+            [
+                *(Stream(name, f"/{name}", True) for name in cameras),
+                Stream("joints", "/joints", False),
+            ]
         )
         self.record = InferenceRecord()
         self._policy = policy
@@ -70,6 +76,7 @@ class Bench:
 
     def _read(self, snapshot: Snapshot, instruction: str) -> Observation:
         self.before_read()
+        self.snapshots.append(snapshot)
         robot = self._policy.robot
         return Observation(
             {c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in robot.cameras},
@@ -147,6 +154,37 @@ def test_bug_in_the_inference_is_counted_and_survived(bench: Bench) -> None:
     bench.before_read = lambda: None
     bench.until(lambda: bench.published)
     assert bench.record.report().hold is None
+
+
+def test_frames_of_one_moment_are_answered_together(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As long as a busy machine may take between two frames.
+    monkeypatch.setattr(inference_worker, "LONGEST_GATHERING_S", DEADLINE_S)
+    bench = Bench(policy, ("left", "right"))
+    bench._parameters = dataclasses.replace(bench._parameters, max_observation_age_s=3600.0)
+    start = time.time_ns()
+    moments = [start + 33_000_000 * tick for tick in range(5)]
+    for moment in moments[:2]:
+        for name in ("joints", "left", "right"):
+            bench.buffer.store(name, None, moment)
+    bench.worker.start()
+
+    def answered(count: int) -> bool:
+        return len(bench.published) == count
+
+    for number, moment in enumerate(moments[2:], 1):
+        bench.until(partial(answered, number), publish=False)
+        bench.buffer.store("joints", None, moment)
+        bench.buffer.store("left", None, moment)
+        time.sleep(0.05)
+        bench.buffer.store("right", None, moment)
+    bench.until(partial(answered, 4), publish=False)
+    assert bench.worker.stop(DEADLINE_S)
+    stamps = [
+        {sample.stamp_ns for sample in snapshot.samples.values()} for snapshot in bench.snapshots
+    ]
+    assert stamps == [{moment} for moment in moments[1:]]
 
 
 def test_rate_is_a_limit_and_every_chunk_is_numbered(policy: Policy) -> None:

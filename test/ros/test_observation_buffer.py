@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import pytest
@@ -216,3 +217,54 @@ def test_status_tells_streams_that_came_from_those_that_never_did() -> None:
     assert (front.count, front.stamp_ns) == (2, NOW + MS)
     assert front.silence_s is not None
     assert (wrist.count, wrist.stamp_ns, wrist.silence_s) == (0, None, None)
+
+
+def two_ticks(target: ObservationBuffer, wrist_after: int) -> None:
+    """Two frames of each camera at 30 Hz, the wrist's somewhat later than the front's."""
+    for tick in (NOW, NOW + 33 * MS):
+        fill(target, tick, tick + wrist_after, tick)
+
+
+@pytest.mark.parametrize("wrist_after", [0, 5 * MS])
+def test_frames_of_one_moment_are_gathered_though_they_arrive_one_after_the_other(
+    wrist_after: int,
+) -> None:
+    target = buffer()
+    two_ticks(target, wrist_after)
+    moment = NOW + 66 * MS
+    target.store(FRONT.name, "", moment)
+    thread = threading.Timer(0.05, target.store, (WRIST.name, "", moment + wrist_after))
+    thread.start()
+    target.wait_for_others(60.0)
+    thread.join()
+    assert taken(assemble(target, moment)).samples[WRIST.name].stamp_ns == moment + wrist_after
+
+
+def test_a_lost_frame_is_not_waited_for_longer_than_allowed() -> None:
+    target = buffer()
+    two_ticks(target, 0)
+    target.store(FRONT.name, "", NOW + 66 * MS)
+    time.sleep(0.05)
+    start = time.monotonic()
+    # Counted from the newest frame's arrival.
+    target.wait_for_others(0.05)
+    assert time.monotonic() - start < 0.05
+    target.wait_for_others(0.2)
+    assert taken(assemble(target, NOW + 66 * MS)).samples[WRIST.name].stamp_ns == NOW + 33 * MS
+
+
+@pytest.mark.parametrize("wrist_after", [15 * MS, 24 * MS])
+def test_cameras_that_fire_apart_do_not_wait_for_each_other(wrist_after: int) -> None:
+    start = time.monotonic()
+    target = buffer()
+    target.wait_for_others(60.0)
+    fill(target, NOW - 300 * MS, NOW - 400 * MS, NOW)  # no camera's period is known yet
+    target.wait_for_others(60.0)
+    target = buffer()
+    two_ticks(target, wrist_after)
+    target.wait_for_others(60.0)
+    target.store(FRONT.name, "", NOW + 66 * MS)
+    target.wait_for_others(60.0)
+    target.store(JOINTS.name, "", NOW + 400 * MS)
+    target.wait_for_others(60.0)
+    assert time.monotonic() - start < 60.0
