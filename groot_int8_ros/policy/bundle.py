@@ -116,6 +116,11 @@ class Manifest:
         """Names of the graphs that an engine runs, in the order of the runs."""
         return engine_graphs(self.family)
 
+    def files_of(self, graph: str) -> tuple[str, ...]:
+        """Return the files a graph consists of: itself and its external data."""
+        own = self.graphs[graph].file
+        return tuple(name for name in self.files if name == own or name.startswith(f"{own}."))
+
     @property
     def has_prefix_model(self) -> bool:
         """Whether the prefix of a new instruction can be computed with the bundle alone."""
@@ -203,6 +208,7 @@ def open_bundle(
     folder: Path,
     *,
     verify_hashes: bool = True,
+    verify_engine_graphs: bool = True,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Bundle:
     """Read a bundle and check that it is whole.
@@ -211,6 +217,8 @@ def open_bundle(
         folder: The bundle.
         verify_hashes: Read every file and compare its SHA-256. False compares sizes alone, for a
             restart on a robot whose disk is slow.
+        verify_engine_graphs: False compares sizes alone of the graphs that an engine runs, for one
+            that was built from them before and does not read them.
         progress: Told what is being done, many times a second. What it raises ends the work.
 
     Raises:
@@ -219,7 +227,11 @@ def open_bundle(
         ProcessorError: The processor files inside it are wrong.
     """
     manifest = _read_manifest(folder)
-    total, done = sum(size for _, size in manifest.files.values()), 0
+    unread: set[str] = set()
+    if not verify_engine_graphs:
+        unread.update(*map(manifest.files_of, manifest.engine_graphs))
+    total = sum(size for name, (_, size) in manifest.files.items() if name not in unread)
+    done = 0
 
     def tell(size_bytes: int) -> None:
         nonlocal done
@@ -227,7 +239,8 @@ def open_bundle(
         progress(f"verifying the bundle, {done / 1e6:.1f} of {total / 1e6:.1f} MB")
 
     for name, (sha256, size) in manifest.files.items():
-        _check_file(folder, name, sha256, size, tell if verify_hashes else None)
+        is_read = verify_hashes and name not in unread
+        _check_file(folder, name, sha256, size, tell if is_read else None)
     processor = load_processor(folder, manifest.embodiment)
     bundle = Bundle(folder=folder, manifest=manifest, processor=processor)
     _check_robot(bundle)

@@ -117,7 +117,13 @@ class Policy:
             ConfigurationError: `denoising_steps` is below 1, or another number than deployed
                 graphs have unrolled.
         """
-        opened = open_bundle(bundle, verify_hashes=verify_hashes, progress=progress)
+        opened = open_bundle(
+            bundle,
+            verify_hashes=verify_hashes,
+            # A TensorRT engine has a hash of its own and names those of the graph it is made of.
+            verify_engine_graphs=engine != "tensorrt",
+            progress=progress,
+        )
         if denoising_steps is not None:
             opened = _with_steps(opened, denoising_steps)
         engines: dict[str, Engine] = {}

@@ -370,9 +370,7 @@ def _plan(
             name=name,
             record=record,
             files={
-                file: sha256
-                for file, (sha256, _) in bundle.manifest.files.items()
-                if file == record.file or file.startswith(f"{record.file}.")
+                file: bundle.manifest.files[file][0] for file in bundle.manifest.files_of(name)
             },
             precision=precision,
             quantization=quantization,

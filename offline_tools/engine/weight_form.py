@@ -3,7 +3,9 @@
 Owns: the rewrite of a graph into a temporary file. Must not import torch. A bundle stores an INT8
 layer's weight as an int8 initializer with a DequantizeLinear, which newer versions fold; 8.6 fails
 on it (`convertMyelinWeightsToFp32`). Quantising `code * scale` with the same scale gives the code
-again, bit for bit, so the rewritten graph computes the same.
+again, bit for bit, so the rewritten graph computes the same. Of a weight that several products use
+(unrolled denoising steps) each gets a DequantizeLinear of its own: that is the form that 8.6 was
+seen to turn into INT8 products.
 """
 
 from __future__ import annotations
@@ -56,6 +58,7 @@ def write_with_float_weights(graph: Path, target: Path) -> int:
         node.replace_input_with(0, quantised)
         node.replace_input_with(1, scale)
         node.replace_input_with(2, zero)
+        _one_for_each_use(model.graph, node)
     for name in rewritten:
         del model.graph.initializers[name]
     ir.save(
@@ -76,6 +79,22 @@ def _dequantised_initializers(model: ir.Model) -> list[ir.Node]:
         and node.inputs[0].is_initializer()
         and node.inputs[0].dtype == ir.DataType.INT8
     ]
+
+
+def _one_for_each_use(graph: ir.Graph, node: ir.Node) -> None:
+    shared = node.outputs[0]
+    for number, use in enumerate(tuple(shared.uses())[1:], start=1):
+        copy = ir.node(
+            node.op_type, node.inputs, attributes=node.attributes, name=f"{node.name}/{number}"
+        )
+        output = copy.outputs[0]
+        output.name, output.shape, output.type = (
+            f"{shared.name}/{number}",
+            shared.shape,
+            shared.type,
+        )
+        graph.insert_after(node, copy)
+        use.node.replace_input_with(use.idx, output)
 
 
 def _quantised_again(graph: ir.Graph, node: ir.Node, codes: ir.Value) -> ir.Value:

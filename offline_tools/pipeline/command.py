@@ -6,7 +6,7 @@ of its name; what it makes lies in one folder::
     OUTPUT/float         bundle in floating point, verified against the checkpoint
     OUTPUT/calibration   captured inputs of the two large graphs, and their coverage report
     OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built
-    OUTPUT/report        audit.json, report.json, report.md
+    OUTPUT/report        audit.json, audit_engines.json, report.json, report.md
     OUTPUT/.pipeline     what each step was made from, and how long it took
 """
 
@@ -44,6 +44,9 @@ from offline_tools.pipeline.step import (
 )
 
 STEPS = ("export", "verify", "calibrate", "quantize", "build", "audit", "audit-engines")
+
+AUDIT_FILE = "audit.json"
+ENGINE_AUDIT_FILE = "audit_engines.json"
 
 _MARKER = f"{STATE_FOLDER}/about.txt"
 
@@ -120,15 +123,19 @@ def run(args: argparse.Namespace) -> int:
                 return error.code
             code = error.code
     print("\n== report")
+    left_out = {step.name: step.left_out for step in steps if step.left_out}
     states = {step.name: read_state(output, step.name) for step in steps}
     page = write_report(
         output / "report",
         float_bundle=output / "float",
         int8_bundle=output / "int8",
         captures=output / "calibration",
-        audit=output / "report" / "audit.json",
+        audit=output / "report" / AUDIT_FILE,
+        audit_of_engines=(
+            None if "audit-engines" in left_out else output / "report" / ENGINE_AUDIT_FILE
+        ),
         seconds={name: state.seconds if state else None for name, state in states.items()},
-        left_out={step.name: step.left_out for step in steps if step.left_out},
+        left_out=left_out,
     )
     print(page + "\n" + "\n".join(str(output / "report" / name) for name in REPORT_FILES))
     return code
@@ -180,7 +187,7 @@ def _bring_up_to_date(step: Step, output: Path, *, refresh: bool) -> None:
 def _steps(args: argparse.Namespace) -> list[Step]:
     output: Path = args.output
     folders = {name: output / name for name in ("float", "calibration", "int8", "report")}
-    fresh_int8, audit = output / ".new-int8", folders["report"] / "audit.json"
+    fresh_int8, audit = output / ".new-int8", folders["report"] / AUDIT_FILE
     checkpoint, dataset = args.checkpoint, args.dataset
     weights_gb = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors")) / 1e9
     rough = {name: max(5.0, per_gb * weights_gb) for name, per_gb in _ROUGH_S_PER_GB.items()}
@@ -251,7 +258,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         return digest_of_files(manifests, folders["int8"])
 
     no_engines = _why_no_engines(folders["int8"])
-    audit_of_engines = folders["report"] / "audit_engines.json"
+    audit_of_engines = folders["report"] / ENGINE_AUDIT_FILE
     steps = [
         Step(
             "export",

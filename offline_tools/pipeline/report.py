@@ -25,6 +25,7 @@ def write_report(
     int8_bundle: Path,
     captures: Path,
     audit: Path,
+    audit_of_engines: Path | None,
     seconds: Mapping[str, float | None],
     left_out: Mapping[str, str],
 ) -> str:
@@ -35,7 +36,8 @@ def write_report(
         float_bundle: The float bundle, verified.
         int8_bundle: The INT8 bundle made from it.
         captures: The calibration set.
-        audit: What `groot-int8 audit --json` wrote.
+        audit: What `groot-int8 audit --json` wrote of the graphs.
+        audit_of_engines: The same of the engines; None where none were built.
         seconds: Step to its duration, where it is known.
         left_out: Step to why it was left out.
     """
@@ -50,6 +52,7 @@ def write_report(
         "schemes": _schemes(int8_manifest),
         "errors": _errors(int8_manifest),
         "audit": _verdicts(_load(audit)),
+        "engine_audit": {} if audit_of_engines is None else _verdicts(_load(audit_of_engines)),
         "verified": verified["passed"],
         "calibration": {key: coverage[key] for key in ("samples", "offered", "thin")},
         "engines": sorted(path.name for path in (int8_bundle / "engines").glob("*/*.engine")),
@@ -77,6 +80,11 @@ def _page(content: Mapping[str, Any]) -> str:
         f"| INT8 layers of {graph}, by the audit of the ONNX | 0 | {found['INT8']} of "
         f"{sum(found.values())} |"
         for graph, found in content["audit"].items()
+    ]
+    lines += [
+        f"| layers of {engine} known to be INT8, by the audit of its engine | | "
+        f"{found['INT8']} of {sum(found.values())} |"
+        for engine, found in content["engine_audit"].items()
     ]
     errors = content["errors"]
     lines += [

@@ -355,3 +355,22 @@ def test_progress_goes_from_nothing_to_the_whole_bundle_and_may_end_the_work(
 
     with pytest.raises(GrootError, match=r"^verifying the bundle"):
         Policy.load(tiny_bundle, progress=give_up)
+
+
+def test_graphs_that_an_engine_replaces_are_not_read_and_all_else_is(small_copy: Path) -> None:
+    manifest = open_bundle(small_copy).manifest
+    _flip_a_byte(small_copy / manifest.files_of("backbone")[-1])
+    with pytest.raises(BundleError, match="SHA-256 differs"):
+        Policy.load(small_copy)
+    told: list[str] = []
+    open_bundle(small_copy, verify_engine_graphs=False, progress=told.append)
+    share = re.search(r"bundle, (.*) of (.*) MB", told[-1])
+    assert share is not None
+    assert share[1] == share[2]
+    # The bundle is taken, and the engine is what is missing.
+    with pytest.raises(EngineError, match="TensorRT"):
+        Policy.load(small_copy, engine="tensorrt")
+    # No engine is made of the prefix model: the CPU runs it.
+    _flip_a_byte(small_copy / manifest.files_of("prefix")[-1])
+    with pytest.raises(BundleError, match="SHA-256 differs"):
+        Policy.load(small_copy, engine="tensorrt")

@@ -290,7 +290,7 @@ class TensorRTEngine:
         if needed > free:
             raise EngineError(
                 f"{self._path} does not fit into the memory: {self._forecast}. Stop other "
-                "processes, or build with a smaller --max-seq-len or --precision int8."
+                "processes, or take an INT8 bundle (groot-int8 quantize) and build its engines."
             )
         self._stream = self._cuda.create_stream()
         self._close_steps.append(lambda: self._cuda.destroy_stream(self._stream))

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir
 import pytest
 
 from groot_int8_ros.errors import CalibrationError, ConfigurationError, EngineError
@@ -32,6 +33,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     engine_folder,
     read_engine_manifest,
 )
+from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.cli import main
 from offline_tools.engine import build_command
 from offline_tools.engine.builder import (
@@ -46,6 +48,8 @@ from offline_tools.engine.engines import LOW_MEMORY, BuildOptions, build_engines
 from offline_tools.engine.library import RTX, open_library
 from offline_tools.engine.profiles import lengths_of
 from offline_tools.engine.weight_form import has_stored_int8_weights, write_with_float_weights
+from offline_tools.quantize.layers import find_layers, load_graph
+from offline_tools.quantize.qdq import quantize_graph
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec(RTX) is None,
@@ -404,5 +408,35 @@ def test_weights_as_float_compute_the_same_bit_for_bit(
         values = random.standard_normal(shape)
         feed[name] = (values if spec.dtype == "float32" else np.ones(shape)).astype(spec.dtype)
     first, second = (engine.run(feed)["output"] for engine in engines)
+    assert np.abs(first).max() > 0
+    np.testing.assert_array_equal(first, second)
+
+
+def test_each_product_of_an_unrolled_weight_gets_a_pair_of_its_own(
+    deployed_bundle: Path, tmp_path: Path
+) -> None:
+    source = open_bundle(deployed_bundle, verify_hashes=False).graph_path("action_head")
+    layers = find_layers(load_graph(source))
+    graph, target = tmp_path / "shared" / source.name, tmp_path / "own" / source.name
+    target.parent.mkdir()
+    quantize_graph(source, graph, {layer.name: LayerScheme("row") for layer in layers}, None)
+    assert write_with_float_weights(graph, target) == len(layers)
+    uses = {
+        node.outputs[0].name: [use.node.op_type for use in node.outputs[0].uses()]
+        for node in onnx_ir.load(target).graph
+        if node.op_type == "DequantizeLinear"
+    }
+    products = sum(len(layer.nodes) for layer in layers)
+    assert products > len(layers)
+    of_weights = [found for name, found in uses.items() if "weight" in str(name)]
+    assert of_weights == [["MatMul"]] * products
+    engines = [OnnxRuntimeEngine(path, threads=1) for path in (graph, target)]
+    random = np.random.RandomState(0)
+    feed = {
+        name: random.standard_normal(spec.shape).astype(spec.dtype)  # type: ignore[arg-type]
+        for name, spec in engines[0].inputs.items()
+    }
+    feed["committed_mask"][:] = False
+    first, second = (engine.run(feed)["action_pred"] for engine in engines)
     assert np.abs(first).max() > 0
     np.testing.assert_array_equal(first, second)

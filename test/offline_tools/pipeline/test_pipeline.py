@@ -18,6 +18,7 @@ pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
 from offline_tools.cli import main
+from offline_tools.pipeline.report import write_report
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
 
 STEPS = ["export", "verify", "calibrate", "quantize", "audit"]
@@ -73,6 +74,30 @@ def test_every_step_leaves_its_result_and_the_report_names_them(output: Path) ->
         assert text in page
     if "build" in report["left_out"]:
         assert "groot-int8 build --bundle int8" in report["left_out"]["build"]
+
+
+def test_the_report_tells_what_the_engines_are_and_not_the_graphs_alone(
+    output: Path, tmp_path: Path
+) -> None:
+    audit = output / "report" / "audit.json"
+    engines = json.loads(audit.read_text())
+    for layer in engines["action_head"]:
+        layer["verdict"] = "FLOAT"
+    (tmp_path / "engines.json").write_text(json.dumps(engines))
+    page = write_report(
+        tmp_path / "report",
+        float_bundle=output / "float",
+        int8_bundle=output / "int8",
+        captures=output / "calibration",
+        audit=audit,
+        audit_of_engines=tmp_path / "engines.json",
+        seconds={},
+        left_out={},
+    )
+    layers = len(engines["action_head"])
+    row = f"layers of action_head known to be INT8, by the audit of its engine | | 0 of {layers} |"
+    assert row in page
+    assert "audit of its engine" not in (output / "report" / "report.md").read_text()
 
 
 def test_nothing_runs_again_while_nothing_changes(
