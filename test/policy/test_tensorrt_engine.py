@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines import TensorSpec
-from groot_int8_ros.policy.engines.cuda import Cuda
+from groot_int8_ros.policy.engines.cuda import Cuda, CudaError
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine, mapped_once
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineManifest,
@@ -323,6 +323,23 @@ def _doubled(engine: TensorRTEngine, *values: int) -> None:
     y = engine.run(_feed(*values))["y"]
     assert y.dtype == np.float32
     assert y.tolist() == [[2.0 * value for value in values]]
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        ("cudaErrorNoDevice", "there is no NVIDIA GPU here"),
+        ("cudaErrorInsufficientDriver", "there is no NVIDIA driver here, or it is too old"),
+    ],
+)
+def test_machine_without_a_gpu_or_its_driver_is_told_so(
+    monkeypatch: pytest.MonkeyPatch, code: str, words: str
+) -> None:
+    runtime = _runtime(_Gpu())
+    runtime.cudaGetDeviceCount = lambda: (_Code(code), 0)
+    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
+    with pytest.raises(CudaError, match=f"{code}: {words}"):
+        Cuda()
 
 
 def test_runs_of_every_length_allocate_nothing_and_closing_gives_all_back(
