@@ -1,6 +1,7 @@
 """A policy as the chunk executor sees one: a process that publishes chunks, until its fault.
 
-Run with the fault's name. The fault begins on SIGUSR1, chunks are good before it:
+Run with the fault's name. It says "ready" behind its first chunk. From then on the fault begins on
+SIGUSR1; chunks are good before it:
 
     good    nothing happens
     slow    a chunk takes longer than the executor waits
@@ -56,7 +57,7 @@ def chunk(stamp_ns: int, rows: int = ROWS) -> JointTrajectory:
 
 def main() -> None:
     """Publish until the process is killed."""
-    fault, bad = sys.argv[1], False
+    fault, bad, ready = sys.argv[1], False, False
 
     def begin(*_: object) -> None:
         nonlocal bad
@@ -91,6 +92,9 @@ def main() -> None:
             message = chunk(stamp_ns + 1)
             message.points[3].time_from_start.sec = -5
         publisher.publish(message)
+        if not ready:
+            ready = True
+            print("ready", flush=True)
         time.sleep(0.003 if bad and fault == "flood" else PERIOD_S)
 
 

@@ -291,8 +291,8 @@ class Processes:
         return self._start([*words, "--ros-args", "--params-file", str(file)], self.log)
 
     def peer(self, fault: str) -> subprocess.Popen[bytes]:
-        log = self._folder / f"peer{len(self.all)}.txt"
-        return self._start([str(PEER), fault], log)
+        self.peer_log = self._folder / f"peer{len(self.all)}.txt"
+        return self._start([str(PEER), fault], self.peer_log)
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:
@@ -342,6 +342,8 @@ def at_work(
     robot.spoil = lambda message: message
     peer = processes.peer(getattr(request, "param", "good"))
     robot.enable()
+    # The robot may still move to what the test before was told.
+    robot.until(lambda: "ready" in processes.peer_log.read_text(), "chunks of this policy")
     robot.until(robot.moves, "commands that move")
     yield peer
     for process in processes.all:
