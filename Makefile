@@ -3,6 +3,7 @@
 #   PYTHON=python3.11    the interpreter that .venv is made from (3.10 to 3.12)
 #   DEMO_ARGS="..."      options of `groot-int8 demo`
 #   PYTEST_ARGS="..."    options of pytest
+#   SOAK_ARGS="..."      options of `groot-int8 soak`, as --minutes 5
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
@@ -24,13 +25,14 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 DRAWS := MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -c \
     'import mujoco; mujoco.GLContext(16, 16).free()' >/dev/null 2>&1
 
-.PHONY: help setup test faults demo format lock clean
+.PHONY: help setup test faults soak demo format lock clean
 
 help:
 	@echo "make demo    the whole road on generated data (options: DEMO_ARGS)"
 	@echo "make test    format, lint, types and tests (options of pytest: PYTEST_ARGS)"
 	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
 	@echo "make faults  the long form of the fault matrix: 50 signals at random moments"
+	@echo "make soak    both nodes for 30 minutes at full camera load (options: SOAK_ARGS)"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make lock    choose the newest versions anew and write requirements.lock"
 	@echo "make clean   remove .venv and what builds and tests left behind"
@@ -82,6 +84,19 @@ test: setup
 
 faults: setup
 	@GROOT_FAULT_ROUNDS=50 $(BIN)/python -m pytest test/faults $(PYTEST_ARGS)
+
+# Rows of 0.1 s: a chunk lasts longer than two inferences of a small machine.
+SOAK := build/soak
+$(SOAK)/bundle: | $(PACKAGE_STAMP)
+	@rm -rf $(SOAK) && mkdir -p $(SOAK)
+	@$(BIN)/groot-int8 make-dataset --cameras 4 --frames 60 --output $(SOAK)/data
+	@$(BIN)/groot-int8 make-checkpoint --dataset $(SOAK)/data --output $(SOAK)/ckpt
+	@echo "action_period_s: 0.1" > $(SOAK)/robot.yaml
+	@$(BIN)/groot-int8 export --checkpoint $(SOAK)/ckpt --dataset $(SOAK)/data \
+	    --robot $(SOAK)/robot.yaml --precision fp32 --denoising-steps 2 --bundle $@
+
+soak: setup $(SOAK)/bundle
+	@$(BIN)/groot-int8 soak --bundle $(SOAK)/bundle $(SOAK_ARGS)
 
 demo: setup
 	@$(BIN)/groot-int8 demo $(DEMO_ARGS)

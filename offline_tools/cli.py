@@ -108,6 +108,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.benchmark.node_command",
         "measure what the node costs beside the engines, from a camera's message on",
     ),
+    "soak": (
+        "offline_tools.soak.command",
+        "run policy node and executor for half an hour at full camera load",
+    ),
     "benchmark-torch": (
         "offline_tools.benchmark.torch_command",
         "time reference and deployed graphs in PyTorch with CUDA graphs, on a GPU",

@@ -1,14 +1,14 @@
 """A robot's sensors as a process of their own: cameras and joint states at a steady pace.
 
 Owns: publishing for the node's benchmark. Must not import torch or an engine. All streams of a
-tick carry one stamp, as hardware-triggered cameras do. Each camera shows two pictures in turn,
-made once: this process has little to do, and the node does not take it for a frozen camera.
+tick carry one stamp, as hardware-triggered cameras do. Each camera shows one picture, made once,
+of which a single value changes: this process has little to do, and the node does not take it for a
+frozen camera, whichever frames are lost.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 import time
 from pathlib import Path
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--rate-hz", type=float, required=True)
     parser.add_argument("--seconds", type=float, required=True)
+    parser.add_argument("--only", help="one stream: a camera's key, or joint_states; else all")
     args = parser.parse_args(argv)
     robot = open_bundle(args.bundle, verify_hashes=False).manifest.robot
     rclpy.init()
@@ -36,21 +37,25 @@ def main(argv: list[str] | None = None) -> int:
     random = np.random.RandomState(0)
     images = []
     for camera in robot.cameras:
+        if args.only not in (None, camera.key):
+            continue
         publisher = node.create_publisher(Image, f"cameras/{camera.key}/image_raw", qos)
-        pictures = [_picture(random, camera.height, camera.width) for _ in range(2)]
-        images.append((publisher, itertools.cycle(pictures)))
+        images.append((publisher, _picture(random, camera.height, camera.width)))
     names = [joint.name for joints in robot.state_joints.values() for joint in joints]
     joint_state = JointState(name=names, position=[0.1] * len(names))
     joints = node.create_publisher(JointState, "joint_states", qos)
     start = due = time.monotonic()
+    tick = 0
     while due < start + args.seconds:
         time.sleep(max(0.0, due - time.monotonic()))
         stamp = time_message(node.get_clock().now().nanoseconds)
-        joint_state.header.stamp = stamp
-        joints.publish(joint_state)
-        for publisher, turns in images:
-            message = next(turns)
+        if args.only in (None, "joint_states"):
+            joint_state.header.stamp = stamp
+            joints.publish(joint_state)
+        tick += 1
+        for publisher, message in images:
             message.header.stamp = stamp
+            message.data[0] = tick % 256
             publisher.publish(message)
         due += 1.0 / args.rate_hz
     node.destroy_node()

@@ -64,12 +64,21 @@ def measure(
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def process_memory(field: str) -> int:
-    """Return a field of `/proc/self/status` in bytes: `VmRSS` or `VmHWM`."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+def process_memory(field: str, pid: int | None = None) -> int:
+    """Return a field of a process's status in bytes: `VmRSS` or `VmHWM`.
+
+    Args:
+        field: Which.
+        pid: Of which process; this one if None.
+
+    Raises:
+        OSError: There is no such process.
+    """
+    status = Path(f"/proc/{'self' if pid is None else pid}/status")
+    for line in status.read_text(encoding="utf-8").splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) << 10
-    raise RuntimeError(f"/proc/self/status has no {field}")
+    raise RuntimeError(f"{status} has no {field}")
 
 
 def main(argv: list[str] | None = None) -> int:

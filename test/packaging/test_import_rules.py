@@ -240,6 +240,7 @@ def test_the_process_that_owns_commands_loads_no_policy_and_no_engine(
         "play-bag",
         "doctor",
         "measure-dds",
+        "soak",
         "chunk-replay",
         "executor-params",
     ],
