@@ -142,6 +142,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.closed_loop.command",
         "let a bundle do its task on the simulated robot, and count how often it does",
     ),
+    "compare-closed-loop": (
+        "offline_tools.compare_closed_loop.command",
+        "compare engines, steps, latencies and seams in the closed loop, with paired tests",
+    ),
     "train-small": (
         "offline_tools.training.command",
         "train a small policy of N1.6's architecture on the simulated robot",

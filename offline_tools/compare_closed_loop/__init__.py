@@ -1,0 +1,1 @@
+"""Whole closed-loop comparisons: a plan of cells, their episodes, paired tests and tables."""
