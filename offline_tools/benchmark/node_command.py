@@ -16,7 +16,7 @@ from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import atomic_file
 from offline_tools.arguments import positive_float
-from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, RANGE_VARIABLE, TRANSPORTS_VARIABLE
+from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
 
 _LONGEST_START_S = 120.0
 # Neither the default domain nor one that a robot is likely to use.
@@ -42,12 +42,11 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure and print."""
     cameras = open_bundle(args.bundle).manifest.robot.cameras
+    # With ROS_AUTOMATIC_DISCOVERY_RANGE=LOCALHOST Fast DDS takes transports that lose frames
+    # (docs/dds.md), so that is the user's choice; the domain keeps robots out.
     environment = {
         **os.environ,
         "ROS_DOMAIN_ID": os.environ.get("ROS_DOMAIN_ID", str(_DOMAIN)),
-        # With LOCALHOST Fast DDS takes transports that lose frames (docs/dds.md); the domain keeps
-        # robots out.
-        RANGE_VARIABLE: "SUBNET",
         TRANSPORTS_VARIABLE: LARGE_IMAGE_TRANSPORTS,
     }
 
@@ -74,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
             raise
     finally:
         sensors.kill()
-        sensors.wait()
+        sensors.communicate()
     if node.returncode != 0:
         last = (error.strip() or "it said nothing").splitlines()[-1]
         raise EngineError(f"the measured node failed: {last}")

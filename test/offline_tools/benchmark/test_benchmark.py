@@ -115,3 +115,24 @@ def test_both_families_are_timed_in_one_run_with_their_actions_compared(
     assert deployed["figures"]["total"]["ratio"] > 0
     assert (output / "benchmark.png").stat().st_size > 5000
     assert "| ratio (5 to 95 % of the rounds) |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_nodes_own_cost_is_measured_over_dds(
+    small_deployed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+    output = tmp_path / "node.json"
+    command = ["benchmark-node", "--bundle", str(small_deployed), "--seconds", "4"]
+    assert main([*command, "--output", str(output)]) == 0
+    figures = json.loads(output.read_text())
+    streams = {f"camera {c.key}" for c in open_bundle(small_deployed).manifest.robot.cameras}
+    assert {name for name, count in figures["received"].items() if count} == {
+        *streams,
+        "joint_state",
+    }
+    assert figures["chunks"] > 0
+    road = figures["arrival_to_engine_ms"]
+    assert 0.0 < road["median"] <= road["p99"] <= road["max"]
+    assert 0.0 < figures["callbacks_core_share"] < figures["process_core_share"]
+    assert "| arrival of the newest frame to engine input, median |" in capsys.readouterr().out
