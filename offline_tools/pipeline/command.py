@@ -173,10 +173,11 @@ def _bring_up_to_date(step: Step, output: Path, *, refresh: bool) -> None:
     if not refresh and not step.why_stale(state):
         print(f"== {step.name}: up to date", flush=True)
         return
-    print(f"\n== {step.name}", flush=True)
     key = step.key()
     interrupted = state is not None and state.key == key and state.output is None and not refresh
+    # Before the step is announced: whoever sees it begin and kills it finds it interrupted.
     write_state(output, step.name, StepState(key, None, state.seconds if state else None))
+    print(f"\n== {step.name}", flush=True)
     start = time.perf_counter()
     run_subcommand(step.subcommand or step.name, *step.arguments(interrupted))
     step.finish()
