@@ -84,6 +84,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.compare_quantization.command",
         "measure quantisation schemes against each other, on models with and without outliers",
     ),
+    "compare-calibration": (
+        "offline_tools.compare_calibration.command",
+        "measure what size and gaps of the calibration set do to the INT8 policy",
+    ),
     "cost": (
         "offline_tools.cost.command",
         "count what an observation costs, and predict its time on a device",

@@ -1,0 +1,1 @@
+"""Calibration sets against each other: how many samples it takes, and what bad ones cost."""
