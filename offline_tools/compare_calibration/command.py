@@ -27,7 +27,7 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.quantization import CACHE
 from offline_tools.arguments import not_negative_int, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
-from offline_tools.closed_loop.command import wilson_interval
+from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.compare_calibration.sets import GAPS, SampleSet, plan_sets, write_set
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
 from offline_tools.quantize.evaluation import ActionErrors, ActionRunner
