@@ -28,7 +28,7 @@ DRAWS := MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -c \
 .PHONY: help setup test faults soak demo format lock clean
 
 help:
-	@echo "make demo    the whole road on generated data (options: DEMO_ARGS)"
+	@echo "make demo    the shipped policy in INT8 moves the simulated robot (options: DEMO_ARGS)"
 	@echo "make test    format, lint, types and tests (options of pytest: PYTEST_ARGS)"
 	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
 	@echo "make faults  the long form of the fault matrix: 50 signals at random moments"

@@ -50,6 +50,7 @@ EXTRAS = {
     # The workstation side: checkpoint to bundle, episodes to bags.
     "offline": [
         "av>=14",
+        "jinja2>=3.1",
         "matplotlib>=3.8",
         "onnx>=1.19",
         "onnx-ir>=0.1.12",
@@ -126,6 +127,7 @@ setup(
     package_data={
         PACKAGE: ["py.typed"],
         "offline_tools.cost": ["published_latencies.csv"],
+        "offline_tools.demo": ["page.html.j2"],
         "offline_tools.training": ["tabletop_policy/*"],
     },
     data_files=[

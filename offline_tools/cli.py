@@ -158,7 +158,7 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.compare_quantization.add_outliers",
         "copy a checkpoint and give it the activation outliers of a real one",
     ),
-    "demo": ("offline_tools.demo.command", "run the whole road on generated data"),
+    "demo": ("offline_tools.demo.command", "from the shipped policy to a simulated robot in INT8"),
 }
 
 

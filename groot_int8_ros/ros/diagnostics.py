@@ -366,6 +366,7 @@ def stream_status(status: StreamStatus, now_ns: int, max_age_s: float) -> Diagno
     }
     if status.stream.is_camera:
         values["seconds of the same pixels"] = f"{status.same_pixels_s:.3f}"
+        values["frame_id"] = status.frame_id
     fault = stamp_fault(status.stream, status.stamp_ns, now_ns, max_age_s)
     if fault is None and status.is_frozen:
         fault = Hold(FROZEN, f"{status.stream.topic} shows the same pixels again and again")
@@ -373,6 +374,8 @@ def stream_status(status: StreamStatus, now_ns: int, max_age_s: float) -> Diagno
         return status_message(
             status.stream.name, ERROR, f"{fault.reason}: {fault.message}", values
         )
+    if status.mistake:
+        return status_message(status.stream.name, WARN, status.mistake, values)
     return status_message(status.stream.name, OK, "fresh", values)
 
 

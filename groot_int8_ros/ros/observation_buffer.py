@@ -119,6 +119,8 @@ class StreamStatus:
         stamp_ns: Stamp of the stored message, or None where none is stored.
         same_pixels_s: How long a camera's pixels have been the same, by its stamps.
         is_frozen: Whether that is longer than allowed.
+        frame_id: Frame that a camera's newest message names in its header, empty if none.
+        looks_like: Another camera that this frame is named after, empty if none.
     """
 
     stream: Stream
@@ -127,6 +129,18 @@ class StreamStatus:
     stamp_ns: int | None
     same_pixels_s: float = 0.0
     is_frozen: bool = False
+    frame_id: str = ""
+    looks_like: str = ""
+
+    @property
+    def mistake(self) -> str | None:
+        """What the frame's name says against the camera, or None."""
+        if not self.looks_like:
+            return None
+        return (
+            f"{self.stream.topic} may be the camera '{self.looks_like}': its frame_id is "
+            f"'{self.frame_id}'. Are two cameras swapped?"
+        )
 
 
 class ObservationBuffer:

@@ -104,6 +104,7 @@ class ObservationStreams:
         self.max_frozen_s = parameters.max_frozen_s
         self._camera_of = {camera_stream_name(camera.key): camera for camera in cameras}
         self._watches = {name: FrozenImageWatch() for name in self._camera_of}
+        self._frame_ids = dict.fromkeys(self._camera_of, "")
         self.bridge_name, self._bridge = load_bridge()
         self._qos = self.qos_of(parameters)
         inputs = [
@@ -253,6 +254,8 @@ class ObservationStreams:
                 status,
                 same_pixels_s=self._watches[status.stream.name].same_pixels_s,
                 is_frozen=self._is_frozen(status.stream.name),
+                frame_id=self._frame_ids[status.stream.name],
+                looks_like=self._looks_like(status.stream.name),
             )
             if status.stream.is_camera
             else status
@@ -271,6 +274,8 @@ class ObservationStreams:
             stamp = stamp_ns(message.header)
         else:
             stamp = int(self._node.get_clock().now().nanoseconds)
+        if name in self._frame_ids:
+            self._frame_ids[name] = message.header.frame_id
         self._seen(name, message, stamp)
         self.buffer.store(name, message, stamp)
 
@@ -280,6 +285,12 @@ class ObservationStreams:
         rgb = self._rgb(camera, sample.message)
         self._watches[name].see(rgb, sample.stamp_ns)
         return rgb
+
+    def _looks_like(self, name: str) -> str:
+        """Return the other camera that a stream's frame_id is named after, or nothing."""
+        frame, own = self._frame_ids[name].lower(), self._camera_of[name].key
+        others = [camera.key for camera in self._cameras if camera.key.lower() in frame]
+        return others[0] if others and own not in others else ""
 
     def _is_frozen(self, name: str) -> bool:
         return 0.0 < self.max_frozen_s < self._watches[name].same_pixels_s

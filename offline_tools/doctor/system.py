@@ -409,7 +409,7 @@ class Inputs:
             policy_node: Its name, to find its subscriptions among others.
             subscribed: Topics that it listens to, or None if that is unknown.
         """
-        for status in self._streams.buffer.status():
+        for status in self._streams.status():
             found = list(self._stream(status, policy_node, subscribed))
             self.has_fault |= any(finding.level is Level.FAULT for finding in found)
             yield from found
@@ -506,6 +506,13 @@ class Inputs:
                 "delay in the driver",
             }.get(fault.reason, "")
             yield Finding(Level.FAULT, stream.name, f"{fault.reason}: {fault.message}", advice)
+        if status.mistake:
+            yield Finding(
+                Level.WARNING,
+                stream.name,
+                status.mistake,
+                f"look at both pictures; if so, set {stream.limits}.topic of both",
+            )
         wrong = self._streams.fault(stream.name, self._newest[stream.name])
         if wrong:
             yield Finding(Level.FAULT, stream.name, wrong)

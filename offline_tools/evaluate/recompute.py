@@ -23,7 +23,7 @@ from groot_int8_ros.policy.types import (
     UInt8Array,
 )
 from offline_tools.dataset.lerobot import Episode
-from offline_tools.evaluate.live_run import LiveChunk
+from offline_tools.evaluate.node_processes import LiveChunk
 
 _CAMERA_PREFIX = "camera "
 _JOINT_STATE = "joint_state"

@@ -306,7 +306,7 @@ class LiveRobot:
         return True
 
     def _take_commands(self) -> None:
-        # One callback a call; there are two topics of commands, and the chunks.
+        # One callback a call: two topics of commands, the chunks, the answer to being enabled.
         for _ in range(4):
             self._executor.spin_once(timeout_sec=0.0)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _NO_NODE = 1
 _STEPPED_CAMERA_STEPS = 10
 # Of a stepped clock with an inference or a control period.
 _PATIENCE_S = 60.0
+_ASK_AGAIN_S = 2.0
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -59,8 +60,34 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="let time stand until the policy and the executor have answered",
     )
+    parser.add_argument(
+        "--enable",
+        action="store_true",
+        help="call chunk_executor/enable, as a person would at a robot",
+    )
     parser.add_argument("--output", type=Path, help="file of results, one JSON line an episode")
     parser.add_argument("--film", type=Path, help="picture of the first episode to write")
+
+
+def _asking_to_enable(node: Any) -> Callable[[], None]:
+    """Return what asks the executor, again until it says yes; called in the robot's loop."""
+    from std_srvs.srv import Trigger
+
+    client = node.create_client(Trigger, "chunk_executor/enable")
+    answer: Any = None
+    asked_s = 0.0
+
+    def ask() -> None:
+        nonlocal answer, asked_s
+        is_done = answer is not None and answer.done()
+        if is_done and answer.result().success:
+            return
+        # An answer may get lost while the two sides find each other.
+        is_lost = time.monotonic() - asked_s > _ASK_AGAIN_S
+        if client.service_is_ready() and (answer is None or is_done or is_lost):
+            answer, asked_s = client.call_async(Trigger.Request()), time.monotonic()
+
+    return ask
 
 
 def run(args: argparse.Namespace) -> int:
@@ -92,10 +119,13 @@ def run(args: argparse.Namespace) -> int:
             )
             robot = LiveRobot(node, executor, simulation, start_ns=time.time_ns(), **pace)
             give_up_s = time.monotonic() + args.wait_s
-            waited = robot.idle(
-                stop.wait_until,
-                lambda: robot.commands > 0 or time.monotonic() >= give_up_s,
-            )
+            ask = _asking_to_enable(node) if args.enable else lambda: None
+
+            def is_commanded() -> bool:
+                ask()
+                return robot.commands > 0 or time.monotonic() >= give_up_s
+
+            waited = robot.idle(stop.wait_until, is_commanded)
             if waited and args.wait_s and not robot.commands:
                 print("no command arrived: is chunk_executor active and enabled?", flush=True)
                 return _NO_NODE

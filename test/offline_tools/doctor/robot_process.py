@@ -2,8 +2,9 @@
 
 Run as `python robot_process.py BUNDLE JSON`. The JSON says which cameras are `raw` (the others
 send PNG) and what to spoil: `skip` and `best_effort` (camera keys), `encoding` and `size` (camera
-key to value, of raw ones), `lose` (joint names), `behind_s` (of every stamp). Publishes each
-stream at 4 Hz until it is ended. All messages are small: large ones are lost on a busy machine.
+key to value, of raw ones), `frame_id` (camera key to value), `lose` (joint names), `behind_s` (of
+every stamp). Publishes each stream at 4 Hz until it is ended. All messages are small: large ones
+are lost on a busy machine.
 """
 
 from __future__ import annotations
@@ -74,6 +75,7 @@ def main(bundle: Path, spoil: dict[str, Any]) -> None:
                     format="png", data=cv2.imencode(".png", frame)[1].tobytes()
                 )
             image.header.stamp = stamp
+            image.header.frame_id = spoil.get("frame_id", {}).get(camera.key, camera.key)
             publishers[camera.key].publish(image)
         message = JointState(name=names, position=[0.1] * len(names))
         message.header.stamp = stamp

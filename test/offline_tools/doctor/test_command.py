@@ -152,7 +152,9 @@ def test_sound_system_has_no_fault_and_every_part_of_it_was_looked_at(
     assert "active" in looked_at["policy node"]["message"]
     # Nobody executes the chunks here, which is to be known and no fault.
     warned = {found["subject"] for found in findings if found["level"] == "warning"}
-    assert warned - {"bundle", "middleware"} == {"action chunks"}
+    # A machine that is too slow for the bundle is told so, and that is no fault of the doctor's.
+    slow = "policy_node says of chunk length"
+    assert warned - {"bundle", "middleware", slow} == {"action chunks"}
 
 
 def test_each_fault_of_a_stream_is_named_with_its_topic_and_what_to_do(
@@ -192,7 +194,8 @@ def test_each_fault_of_a_stream_is_named_with_its_topic_and_what_to_do(
             },
         ),
         (
-            {"size": {front: [32, 48]}, "behind_s": 60.0},
+            {"size": {front: [32, 48]}, "behind_s": 60.0}
+            | {"frame_id": {front: f"{wrist}_camera_optical_frame", wrist: "sensor_0"}},
             {
                 f"camera {front}": "stale.*6[0-9].*max_observation_age_s = 2.*clocks",
                 f"camera {wrist}": "stale",
@@ -218,6 +221,8 @@ def test_each_fault_of_a_stream_is_named_with_its_topic_and_what_to_do(
                     break
         assert seen, (spoil, found)
         assert code == 1
+        swapped = [one["subject"] for one in findings if "swapped" in one["message"]]
+        assert swapped == ([f"camera {front}"] if "frame_id" in spoil else [])
 
 
 def test_simulated_time_without_a_clock_is_a_fault(

@@ -19,7 +19,8 @@ from offline_tools.bags.dds import TRANSPORTS_VARIABLE
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.dataset.lerobot import LeRobotDataset
 from offline_tools.demo.random_checkpoint import write_random_checkpoint
-from offline_tools.evaluate.live_run import LiveRun, LiveRunError, run_live
+from offline_tools.evaluate.live_run import LiveRun, run_live
+from offline_tools.evaluate.node_processes import LiveRunError
 from offline_tools.evaluate.recompute import frame_index, recompute, stamps_ns
 from offline_tools.export.bundle_writer import ExportOptions, write_bundle
 
