@@ -16,12 +16,9 @@ import numpy as np
 import torch
 
 from groot_int8_ros.policy.files import atomic_file
-from groot_int8_ros.policy.preprocess import image_sizes
-from groot_int8_ros.policy.processor import ImageChain
-from groot_int8_ros.policy.token_layout import TokenLayout
-from groot_int8_ros.policy.types import CameraSpec
 from offline_tools.arguments import camera_size, not_negative_int, positive_int
 from offline_tools.benchmark import torch_runs
+from offline_tools.cost.stages import made_case
 from offline_tools.demo.random_checkpoint import SIZES
 from offline_tools.export.deployed_stages import (
     REFERENCE,
@@ -30,15 +27,6 @@ from offline_tools.export.deployed_stages import (
     head_stages,
 )
 from offline_tools.export.graphs import PRECISIONS
-from offline_tools.model.configuration import ModelConfig
-from offline_tools.model.deployed.backbone import BackboneCase
-
-# The evaluation chain of the public checkpoints.
-_CHAIN = ImageChain(shortest_image_edge=256, crop_fraction=0.95)
-# Tokens of the prompt between two images, and behind the last one.
-_BETWEEN_IMAGES = 7
-_BEHIND_IMAGES = 3
-_TEXT_TOKEN = 0
 
 
 @dataclass(frozen=True)
@@ -161,27 +149,15 @@ def graphs_of(
         precision: `fp32` or `fp16`.
     """
     config = replace(SIZES[model], action_horizon=setting.horizon)
-    cameras = tuple(CameraSpec(f"camera{n}", *size) for n in range(setting.cameras))
-    layout = made_layout(config, setting.cameras, size, prefix_tokens)
-    case = BackboneCase(config, cameras, _CHAIN, layout)
+    case = made_case(config, setting.cameras, size, prefix_tokens)
     backbones = backbone_stages(case, precision)
-    heads = head_stages(config, layout, setting.steps, precision)
+    heads = head_stages(config, case.layout, setting.steps, precision)
     return {
         "reference backbone": backbones[REFERENCE],
         "reference head": heads[REFERENCE],
         "deployed backbone": list(backbones.values())[-1],
         "deployed head": list(heads.values())[-1],
     }
-
-
-def made_layout(
-    config: ModelConfig, cameras: int, size: tuple[int, int], prefix_tokens: int
-) -> TokenLayout:
-    """Return the layout of a prompt for so many cameras of one size, its text made up."""
-    image = [config.language.image_token_id] * image_sizes(*size, _CHAIN).tokens
-    live = image + ([_TEXT_TOKEN] * _BETWEEN_IMAGES + image) * (cameras - 1)
-    live += [_TEXT_TOKEN] * _BEHIND_IMAGES
-    return TokenLayout(prefix_tokens, tuple(live), config.language.image_token_id)
 
 
 def _line(

@@ -27,6 +27,7 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.quantization import CACHE
 from offline_tools.arguments import not_negative_int, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
+from offline_tools.closed_loop.results import read_results
 from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.compare_calibration.sets import GAPS, SampleSet, plan_sets, write_set
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
@@ -237,8 +238,7 @@ def _episodes(args: argparse.Namespace, bundle: Path, name: str) -> tuple[Mappin
     words += ["--episodes", str(args.episodes), "--first-seed", str(args.first_seed)]
     run_subcommand("closed-loop", *words)
     seeds = range(args.first_seed, args.first_seed + args.episodes)
-    lines = results.read_text(encoding="utf-8").splitlines()[1:]
-    found = {result["seed"]: result for result in map(json.loads, lines)}
+    _, found = read_results(results)
     return tuple(found[number] for number in seeds)
 
 

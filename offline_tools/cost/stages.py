@@ -57,22 +57,35 @@ class Setup:
             ConfigurationError: There are fewer text tokens than stand between the images.
             ProcessorError: The frames are of a size that the image chain does not take.
         """
-        height, width = self.frame
-        cameras = tuple(CameraSpec(f"camera_{k}", height, width) for k in range(self.cameras))
-        image, text = config.language.image_token_id, config.language.image_token_id + 1
-        image_tokens = image_sizes(height, width, _CHAIN).tokens
-        live: list[int] = []
-        for camera in range(self.cameras):
-            last = camera == self.cameras - 1
-            live += [image] * image_tokens
-            live += [text] * (_AFTER_IMAGES if last else _BETWEEN_IMAGES)
-        prefix = self.text_tokens - (len(live) - self.cameras * image_tokens)
+        prefix = self.text_tokens - (_BETWEEN_IMAGES * (self.cameras - 1) + _AFTER_IMAGES)
         if prefix < 1:
             raise ConfigurationError(
                 f"{self.cameras} images need more than {self.text_tokens} text tokens; give "
                 f"--text-tokens {self.text_tokens - prefix + 1} or more"
             )
-        return BackboneCase(config, cameras, _CHAIN, TokenLayout(prefix, tuple(live), image))
+        return made_case(config, self.cameras, self.frame, prefix)
+
+
+def made_case(
+    config: ModelConfig, cameras: int, frame: tuple[int, int], prefix_tokens: int
+) -> BackboneCase:
+    """Return equal cameras and a prompt with made-up text, as the image chain and layout want.
+
+    Args:
+        config: Of the model.
+        cameras: Number of cameras.
+        frame: Height and width of their frames in pixels.
+        prefix_tokens: Tokens before the first image.
+
+    Raises:
+        ProcessorError: The frames are of a size that the image chain does not take.
+    """
+    specs = tuple(CameraSpec(f"camera_{number}", *frame) for number in range(cameras))
+    image = config.language.image_token_id
+    text = 0 if image else 1
+    shown = [image] * image_sizes(*frame, _CHAIN).tokens
+    live = shown + ([text] * _BETWEEN_IMAGES + shown) * (cameras - 1) + [text] * _AFTER_IMAGES
+    return BackboneCase(config, specs, _CHAIN, TokenLayout(prefix_tokens, tuple(live), image))
 
 
 @dataclass(frozen=True)
