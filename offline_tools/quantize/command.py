@@ -49,7 +49,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--budget",
         type=float,
-        help="largest relative L2 error of the normalised actions against the float bundle's "
+        help="largest relative L2 error of the normalised actions against the float bundle's, "
+        "held with 95 %% confidence over observations "
         f"(default: {DEFAULT_BUDGET} for auto, what bfloat16 costs; none for a fixed scheme)",
     )
     parser.add_argument(
@@ -90,7 +91,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search-samples",
         type=int,
-        default=4,
+        default=8,
         help="observations that guide auto's search (default: %(default)s)",
     )
     parser.add_argument(
@@ -102,7 +103,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-evaluations",
         type=int,
-        default=8,
+        default=16,
         help="plans that auto measures at most (default: %(default)s)",
     )
     parser.add_argument("--threads", type=int, help="CPU threads inside an operator")
@@ -191,4 +192,4 @@ def _print(result: QuantizeResult) -> None:
     for key, largest in errors.max_error.items():
         print(f"  {key}: max {largest:.4g}, p99 {errors.p99_error[key]:.4g} (joint units)")
     if result.share is not None:
-        print(f"  {100 * result.share:.0f} % of the limit")
+        print(f"  {100 * result.share:.0f} % of the limit, other observations allowed for")

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,8 @@ class ActionErrors:
         p99_error: Action key to the 99th percentile of the same.
         jerk_ratio: Root mean square of the chunks' third differences over the reference's: above
             1 the chunks have become rougher.
+        squares: float64 (samples, 2): of each sample the squared norm of the difference and of
+            the reference, whose sums make `relative_l2`.
     """
 
     relative_l2: float
@@ -57,6 +60,7 @@ class ActionErrors:
     max_error: Mapping[str, float]
     p99_error: Mapping[str, float]
     jerk_ratio: float
+    squares: Float64Array
 
     def to_dict(self) -> dict[str, float]:
         """Return the metrics by name, those of an action key as `max_error/KEY`."""
@@ -68,6 +72,40 @@ class ActionErrors:
         for name, by_key in (("max_error", self.max_error), ("p99_error", self.p99_error)):
             errors |= {f"{name}/{key}": value for key, value in by_key.items()}
         return errors
+
+
+def relative_l2_bound(errors: ActionErrors, spread: Sequence[ActionErrors] = ()) -> float:
+    """Return what the relative L2 over all observations stays below, at nominally 95 % confidence.
+
+    A few samples are a few draws of the observations to come. The squared relative L2 is a ratio
+    of two means; its standard error is that of the residuals e² - R·y² (Cochran, "Sampling
+    Techniques", 1977, section 2.11), and Student's t covers that the spread is itself estimated.
+
+    Args:
+        errors: Of the samples that judge.
+        spread: Of other samples, which a search may have looked at: they say nothing of the error,
+            but how much it varies.
+
+    Returns:
+        Not below `errors.relative_l2`; equal to it for a single sample, whose spread is unknown.
+    """
+    pooled = np.concatenate([one.squares for one in (errors, *spread)])
+    freedom = len(pooled) - 1
+    if not freedom or not np.isfinite(pooled).all():
+        return errors.relative_l2
+    own = errors.squares.mean(axis=0)
+    residuals = pooled[:, 0] - pooled[:, 0].sum() / pooled[:, 1].sum() * pooled[:, 1]
+    deviation = float(np.sqrt(np.sum(residuals**2) / freedom / len(errors.squares)))
+    return float(np.sqrt((own[0] + _student_t(freedom) * deviation) / own[1]))
+
+
+def _student_t(freedom: int) -> float:
+    """Return the 95th percentile of Student's t (Abramowitz and Stegun, 26.7.5)."""
+    z = NormalDist().inv_cdf(0.95)
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    return z + first / freedom + second / freedom**2 + third / freedom**3
 
 
 class ActionRunner:
@@ -176,8 +214,10 @@ def compare_actions(
     got = np.stack([one[steps, used] for one in found]).astype(np.float64)
     if not np.isfinite(got).all():
         broken = dict.fromkeys((key.key for key in processor.action_keys), float("inf"))
-        return ActionErrors(float("inf"), 0.0, broken, broken, float("inf"))
+        squares = np.full((len(samples), 2), np.inf)
+        return ActionErrors(float("inf"), 0.0, broken, broken, float("inf"), squares)
     norms = float(np.linalg.norm(wanted)), float(np.linalg.norm(got))
+    squares = np.stack([np.sum((got - wanted) ** 2, (1, 2)), np.sum(wanted**2, (1, 2))], axis=1)
     gaps: dict[str, list[Float64Array]] = {}
     jerks = np.zeros(2)
     for sample, one, other in zip(samples, reference, found, strict=True):
@@ -197,6 +237,7 @@ def compare_actions(
             key: float(np.percentile(np.concatenate(gap), 99.0)) for key, gap in gaps.items()
         },
         jerk_ratio=float(jerks[1] / jerks[0]) if jerks[0] else 1.0,
+        squares=squares,
     )
 
 

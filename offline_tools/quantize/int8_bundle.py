@@ -32,12 +32,17 @@ from groot_int8_ros.policy.quantization import CACHE, LayerScheme, QuantizationR
 from offline_tools.engine.calibration_cache import hash_of_graph, scales_for_graph
 from offline_tools.engine.verdicts import LayerVerdict
 from offline_tools.quantize.calibration_set import CalibrationSet
-from offline_tools.quantize.evaluation import ActionErrors, ActionRunner, Features
+from offline_tools.quantize.evaluation import (
+    ActionErrors,
+    ActionRunner,
+    Features,
+    relative_l2_bound,
+)
 from offline_tools.quantize.graph_audit import audit_graph
 from offline_tools.quantize.layers import Layer, find_layers, load_graph, select
 from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.ranges import DEFAULT_PERCENTILE
-from offline_tools.quantize.search import GraphPlans, search, section_weights
+from offline_tools.quantize.search import Found, GraphPlans, search, section_weights
 from offline_tools.quantize.sensitivity import Group, measure
 from offline_tools.quantize.statistics import DEFAULT_ROWS, GraphStatistics, collect
 
@@ -64,10 +69,6 @@ REPORT_FILE = "reports/quantization.json"
 
 _SPARE_BYTES = 64 << 20
 
-# How often the search is repeated with a stricter limit because held-out samples disagree.
-_SEARCHES = 3
-_HELD_OUT_AIM = 0.95
-
 
 @dataclass(frozen=True)
 class QuantizeOptions:
@@ -79,7 +80,8 @@ class QuantizeOptions:
         output: Folder of the INT8 bundle.
         scheme: `auto`, or a key of `FIXED_SCHEMES`.
         layers: Patterns of the layers that may become INT8; see `layers.select`.
-        budget: Largest relative L2 of the actions; None sets no such limit.
+        budget: Largest relative L2 of the actions over all observations, of which the samples are
+            a few; None sets no such limit.
         max_joint_error: Action key to the largest error of its targets, in joint units; the key
             `""` stands for every key.
         accept: Write a bundle of a fixed scheme that misses the limits too.
@@ -106,9 +108,9 @@ class QuantizeOptions:
     percentile: float = DEFAULT_PERCENTILE
     calibration_caches: Mapping[str, Path] = field(default_factory=dict)
     seed: int = 0
-    search_samples: int = 4
+    search_samples: int = 8
     judge_samples: int = 16
-    max_evaluations: int = 8
+    max_evaluations: int = 16
     threads: int | None = None
 
 
@@ -119,7 +121,8 @@ class QuantizeResult:
     Attributes:
         manifest: Of the new bundle.
         errors: Of its actions against the float bundle's, on held-out samples.
-        share: The error as a share of the limits; above 1 they are missed. None without limits.
+        share: The error as a share of the limits, that of `budget` with `relative_l2_bound`; above
+            1 they are missed. None without limits.
         float_bytes: Size of the float bundle's two large graphs.
         int8_bytes: Size of the same graphs now.
         layers: Graph to all layers that could be INT8.
@@ -198,19 +201,22 @@ class _Job:
     def run(self) -> QuantizeResult:
         self._collect()
         judges = self._candidates("final", self._held_out())
+        share: float | None
         if self._options.scheme == AUTO:
             groups = self._measure_layers()
-            plans = self._search(groups, judges)
+            found = self._search(groups, judges)
+            plans, share = found.plans, found.share
+            errors = judges.errors(plans)
         else:
             groups, plans = [], self._fixed_plans()
-        errors = judges.errors(plans)
-        share = _share(errors, self._options)
+            errors = judges.errors(plans)
+            share = _share(errors, self._options)
         if share is not None and share > 1.0 and not self._options.accept:
             raise QuantizationError(
                 f"the scheme {self._options.scheme} gives {_describe(errors)} on held-out "
-                f"samples, which is {share:.2f} times the limit; nothing was written. Use the "
-                "scheme auto, raise the limit, keep sensitive layers float with --layers "
-                "'!PATTERN', or add --accept."
+                f"samples; what other observations may cost is {share:.2f} times the limit, "
+                "and nothing was written. Use the scheme auto, raise the limit, keep sensitive "
+                "layers float with --layers '!PATTERN', calibrate on more, or add --accept."
             )
         manifest = self._write(plans, judges.paths, errors)
         self._write_report(groups, errors, share)
@@ -279,37 +285,26 @@ class _Job:
             if scheme.range_method != CACHE or graph in self._cache_scales
         }
 
-    def _search(self, groups: Sequence[Group], judges: _Candidates) -> GraphPlans:
-        """Search on samples that made the scales, until held-out samples agree."""
+    def _search(self, groups: Sequence[Group], judges: _Candidates) -> Found:
+        """Search on samples that made the scales, checked on held-out samples."""
         samples = self._calibration.samples(
             self._calibration.split.fit, self._options.search_samples
         )
         candidates = self._candidates("search", samples)
-        weights: Mapping[str, float] | None = None
-        plans: GraphPlans = {}
-        strictness = 1.0
-        for _ in range(_SEARCHES):
+        tried: list[tuple[GraphPlans, ActionErrors]] = []
 
-            def judge(tried: GraphPlans, strictness: float = strictness) -> float:
-                share = _share(candidates.errors(tried), self._options)
-                assert share is not None
-                return share * strictness
+        def judge(plans: GraphPlans) -> float:
+            tried.append((plans, candidates.errors(plans)))
+            return _limited_share(tried[-1][1], self._options)
 
-            if weights is None:
-                weights = section_weights(groups, judge, self._report)
-            plans = search(
-                groups, weights, judge, self._report, self._options.max_evaluations
-            ).plans
-            share = _share(judges.errors(plans), self._options)
-            assert share is not None
-            self._report(f"held-out samples: {100 * share:.0f} % of the limit")
-            if share <= 1.0:
-                break
-            # What was within the limit on the samples of the search is not on others: search for
-            # a smaller error, by as much as they differ.
-            strictness *= share / _HELD_OUT_AIM
+        def check(plans: GraphPlans) -> float:
+            known = [errors for other, errors in tried if other == plans]
+            return _limited_share(judges.errors(plans), self._options, known[-1:])
+
+        weights = section_weights(groups, judge, self._report)
+        found = search(groups, weights, judge, check, self._report, self._options.max_evaluations)
         candidates.clear()
-        return plans
+        return found
 
     def _held_out(self) -> list[CaptureSample]:
         return self._calibration.samples(
@@ -574,9 +569,18 @@ def _source_hash(manifest: Manifest, graph: str) -> str:
     return digest.hexdigest()
 
 
-def _share(errors: ActionErrors, options: QuantizeOptions) -> float | None:
-    """Return the error as a share of the limits, the largest of them; None without limits."""
-    shares = [] if options.budget is None else [errors.relative_l2 / options.budget]
+def _share(
+    errors: ActionErrors, options: QuantizeOptions, spread: Sequence[ActionErrors] = ()
+) -> float | None:
+    """Return the error as a share of the limits, the largest of them; None without limits.
+
+    Args:
+        errors: Of the samples that judge.
+        options: With the limits.
+        spread: Of other samples; see `relative_l2_bound`.
+    """
+    budget = options.budget
+    shares = [] if budget is None else [relative_l2_bound(errors, spread) / budget]
     for wanted, limit in options.max_joint_error.items():
         keys = [key for key in errors.max_error if wanted in ("", key)]
         if not keys:
@@ -584,8 +588,16 @@ def _share(errors: ActionErrors, options: QuantizeOptions) -> float | None:
                 f"--max-joint-error names {wanted!r}, and the action keys are "
                 f"{', '.join(errors.max_error)}"
             )
-        shares += [errors.max_error[key] / limit for key in keys]
+        shares += [one.max_error[key] / limit for one in (errors, *spread) for key in keys]
     return max(shares, default=None)
+
+
+def _limited_share(
+    errors: ActionErrors, options: QuantizeOptions, spread: Sequence[ActionErrors] = ()
+) -> float:
+    share = _share(errors, options, spread)
+    assert share is not None  # `_check_options`: a search has a limit
+    return share
 
 
 def _describe(errors: ActionErrors) -> str:

@@ -3,23 +3,26 @@
 Owns: the search behind `--scheme auto`. Must not know how a plan is written or run: it asks for
 the error of a plan and gets a number. Must not import torch.
 
-The search minimises the run time that the weights cost, subject to the error of the actions:
+INT8 first, then accuracy, then the cheaper kernel:
 
-1. `sensitivity` gives every group of layers an error for each scheme, on the group alone.
-2. Errors of different groups are taken as independent, so their squares add up; how much a
-   section of the model (vision tower, language model, DiT blocks...) weighs in the actions is
-   measured once, by quantising that section alone and running the policy:
-   |error of the actions|**2 = sum over sections of w_section * sum over groups of error**2.
-3. Under that model the cheapest plan for a given error is found group by group with one Lagrange
-   multiplier (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of quantizers",
-   1988), so a group becomes float where that buys most accuracy for its bytes.
-4. The plan with every layer at its most accurate INT8 scheme is measured first: where it holds,
-   nothing needs to be float.
-5. The cheapest plan's actions are then measured. The limit is moved by what was found, and
-   halved in between a limit that held and one that did not, until the measured error is within
-   the budget and uses most of it.
+1. `sensitivity` gives every group of layers an error for each scheme, on the group alone. Errors
+   of different groups are taken as independent, so their squares add up; how much a section of
+   the model (vision tower, language model, DiT blocks...) weighs in the actions is measured once,
+   by quantising that section alone and running the policy.
+2. Plans with every layer in INT8 are measured: each group's own choice, the same without static
+   scales, and each uniform scheme that the model of step 1 does not rule out. The best that holds
+   is the result, so a search never returns a worse plan than the best uniform scheme; of errors
+   that are not told apart the cheaper plan. A static scale, which saves a row's maximum at run
+   time, is taken only where it is as accurate: it is set by the calibration set and fails where a
+   later observation leaves its range, while a row's own maximum cannot.
+3. Where none holds, the best of them gives up layers for float in the order of the error that a
+   byte of float buys (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
+   quantizers", 1988: with two choices a group their multiplier is this ratio). How many layers
+   it takes is bisected on measured errors.
+4. What is found is checked on observations that the search has not seen. How the two differ sets
+   how strict the search is when it goes on, in both directions.
 
-The model only proposes; what is returned has been measured.
+The model only proposes; what is returned has been measured and checked.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 from groot_int8_ros.errors import QuantizationError
 from groot_int8_ros.policy.quantization import LayerScheme
@@ -40,18 +43,21 @@ Judge = Callable[[GraphPlans], float]
 # First layer of each group to its scheme; None is float.
 _Choice = dict[str, LayerScheme | None]
 
-# What a layer's weight costs at run time, relative to a static INT8 layer: a half-precision weight
-# has twice the bytes; finding each row's maximum and migrating are small kernels that are fused
-# with others, a rotation is a small product of its own. Among INT8 schemes little but the order
-# matters, and that is by construction.
-_STATIC, _MIGRATION, _ROW, _ROTATION, _FLOAT = 1.0, 0.005, 0.02, 0.05, 2.0
+# What an INT8 layer costs at run time beyond its product: finding each row's maximum and migrating
+# are small kernels that are fused with others, a rotation is a small product of its own. Only the
+# order matters, and that is by construction.
+_MIGRATION, _ROW, _ROTATION = 1, 2, 4
 
-# A plan that uses this share of the budget is good enough to stop at.
-_GOOD_SHARE = 0.95
-# Aim below the budget: between two sets of samples the error varies by a few per cent.
-_AIM = 0.95
-# Predicted squared errors that differ by less are not told apart.
+# Errors that differ by less are not told apart: the cheaper scheme is taken.
 _CLOSE = 1.05
+# A plan is not measured if its predicted error is so many times the best one's; measured errors
+# of plans of equal predicted error differ by a fifth.
+_HOPELESS = 1.5
+# The search stops at a plan that uses this share of the budget, and aims at a little more.
+_GOOD_SHARE, _AIM = 0.9, 0.95
+# How often a plan is checked on unseen observations at most: each check tells the search something
+# about them.
+_CHECKS = 4
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class Found:
 
     Attributes:
         plans: Graph to its plan.
-        share: Measured error as a share of the budget.
-        evaluations: How often actions were measured.
+        share: Its error on unseen observations as a share of the budget.
+        evaluations: How often actions were measured, checks aside.
     """
 
     plans: GraphPlans
@@ -69,13 +75,13 @@ class Found:
     evaluations: int
 
 
-def cost(scheme: LayerScheme | None) -> float:
-    """Return the run-time cost of a parameter under a scheme; None is float."""
-    if scheme is None:
-        return _FLOAT
-    spent = _STATIC + (_ROW if scheme.activation == "row" else 0.0)
-    spent += 0.0 if scheme.migration_alpha is None else _MIGRATION
-    return spent + (0.0 if scheme.rotation is None else _ROTATION)
+def cost(scheme: LayerScheme) -> int:
+    """Return where a scheme stands in the order of run-time costs."""
+    return (
+        (_ROW if scheme.activation == "row" else 0)
+        + (0 if scheme.migration_alpha is None else _MIGRATION)
+        + (0 if scheme.rotation is None else _ROTATION)
+    )
 
 
 def section(group: Group) -> str:
@@ -88,74 +94,172 @@ def search(
     groups: Sequence[Group],
     weights: Mapping[str, float],
     judge: Judge,
+    check: Judge,
     report: Callable[[str], None],
-    max_evaluations: int = 8,
+    max_evaluations: int = 16,
 ) -> Found:
-    """Find a cheap plan whose actions are within the budget.
+    """Find a plan whose actions are within the budget, with as many weights in INT8 as fit it.
 
     Args:
         groups: With their local errors.
         weights: What `section_weights` gave.
-        judge: Measures a plan.
+        judge: Measures a plan on the observations of the search.
+        check: Measures it on others.
         report: Called with a line of progress at a time.
         max_evaluations: Plans to measure at most.
 
     Raises:
         QuantizationError: No plan with an INT8 layer was found within the budget.
     """
-    tried: dict[tuple[LayerScheme | None, ...], float] = {}
+    return _Search(groups, weights, judge, check, report, max_evaluations).run()
 
-    def measured(choice: _Choice) -> float:
-        key = tuple(choice.values())
-        if key not in tried:
-            share = tried[key] = judge(_plans(groups, choice))
-            int8 = sum(g.parameters for g in groups if choice[g.name] is not None)
-            total = sum(g.parameters for g in groups)
-            report(
-                f"plan {len(tried)}: {100 * int8 / total:.1f} % of the weights in INT8, error at "
-                f"{100 * share:.0f} % of the budget"
+
+@dataclass
+class _Search:
+    """One run of `search`."""
+
+    groups: Sequence[Group]
+    weights: Mapping[str, float]
+    judge: Judge
+    check: Judge
+    report: Callable[[str], None]
+    max_evaluations: int
+    measured: dict[tuple[LayerScheme | None, ...], float] = field(default_factory=dict)
+    checked: dict[tuple[LayerScheme | None, ...], float] = field(default_factory=dict)
+
+    def run(self) -> Found:
+        full = self._full_plans()
+        for choice in full:
+            if self._share(choice) <= 1.0 and self._checked(choice) <= 1.0:
+                return self._found(choice)
+            if len(self.checked) >= _CHECKS // 2:
+                break  # the other checks are for plans with float layers
+        base = min(full, key=lambda one: max(self._share(one), self.checked.get(_key(one), 0.0)))
+        found = self._with_float_layers(base)
+        if found is None:
+            reached = [*self.measured.values()] if not self.checked else [*self.checked.values()]
+            where = "" if not self.checked else " on observations that the search had not seen"
+            raise QuantizationError(
+                f"no plan with an INT8 layer stays within the budget: the best of "
+                f"{len(self.measured)} plans reached {min(reached):.2f} times the budget{where}. "
+                "Raise --budget or --max-joint-error, calibrate on more samples, or take the most "
+                "sensitive layers out with --layers '!PATTERN'."
             )
-        return tried[key]
+        return self._found(found)
 
-    def spent(choice: _Choice) -> float:
-        return sum(cost(choice[group.name]) * group.parameters for group in groups)
-
-    best: _Choice | None = None
-    every_best: _Choice = {group.name: group.best for group in groups}
-    if measured(every_best) <= 1.0:
-        best = every_best
-    cheapest = _choose(groups, weights, 0.0)
-    # Predicted errors that held and that did not; the plan to be found lies between them.
-    limit, held, missed = _AIM**2, 0.0, math.inf
-    while len(tried) < max_evaluations and missed > held * _CLOSE:
-        choice = _cheapest(groups, weights, limit)
-        if all(scheme is None for scheme in choice.values()):
-            break
-        if best is not None and spent(choice) >= spent(best):
-            # Dearer than what is known to hold: there is nothing to learn from it.
-            held = limit
-            if choice == cheapest:
-                break
-            limit = math.sqrt(held * missed) if missed < math.inf else held * 4.0
-            continue
-        share = measured(choice)
-        if share <= 1.0:
-            best, held = choice, max(held, limit)
-            if share >= _GOOD_SHARE or choice == cheapest:
-                break
-        else:
-            missed = min(missed, limit)
-        limit *= (_AIM / share) ** 2 if 0.0 < share < math.inf else 1.0 / 16.0
-        if not held < limit < missed:
-            limit = math.sqrt(held * missed) if held > 0.0 else missed / 4.0
-    if best is None:
-        raise QuantizationError(
-            f"no plan with an INT8 layer stays within the budget: the best of "
-            f"{len(tried)} plans reached {min(tried.values()):.2f} times the budget. Raise "
-            "--budget or --max-joint-error, calibrate on more samples, or take the most sensitive "
-            "layers out with --layers '!PATTERN'."
+    def _full_plans(self) -> list[_Choice]:
+        """Return measured plans with every layer in INT8, the best first."""
+        by_row = {
+            group.name: [s for s in group.errors if s.activation == "row"] for group in self.groups
+        }
+        plans: list[_Choice] = [
+            {group.name: _cheapest(group, [*group.errors]) for group in self.groups},
+            {group.name: _cheapest(group, by_row[group.name]) for group in self.groups},
+        ]
+        kinds = dict.fromkeys(_kind(s) for group in self.groups for s in group.errors)
+        plans += [{g.name: _of_kind(g, kind) for g in self.groups} for kind in kinds]
+        limit = _HOPELESS * min(self._predicted(plan) for plan in plans)
+        kept = {_key(plan): plan for plan in plans if self._predicted(plan) <= limit}
+        tried = sorted(kept.values(), key=self._predicted)
+        tried = tried[: max(1, self.max_evaluations // 2)]
+        close = _CLOSE * min(self._share(plan) for plan in tried)
+        return sorted(
+            tried,
+            key=lambda plan: (
+                (0, self._cost(plan)) if self._share(plan) <= close else (1, self._share(plan))
+            ),
         )
-    return Found(_plans(groups, best), measured(best), len(tried))
+
+    def _with_float_layers(self, base: _Choice) -> _Choice | None:
+        """Return the first part of the chain from a plan to float that holds when checked."""
+        order = sorted(
+            self.groups,
+            key=lambda group: self._loss(group, base) / group.parameters,
+            reverse=True,
+        )
+        chain = [
+            base | dict.fromkeys([group.name for group in order[:count]])
+            for count in range(len(order))
+        ]
+        best: int | None = None
+        strictness = self._strictness(base)
+        while len(self.checked) < _CHECKS:
+            count = self._bisect(chain, strictness)
+            if count is None:
+                break
+            if _key(chain[count]) in self.checked:
+                break  # nothing new to be learnt
+            share = self._checked(chain[count])
+            if share <= 1.0:
+                best = count if best is None else min(best, count)
+                if share >= _GOOD_SHARE or count == 0:
+                    break
+            strictness = self._strictness(chain[count])
+        return None if best is None else chain[best]
+
+    def _bisect(self, chain: Sequence[_Choice], strictness: float) -> int | None:
+        """Return the fewest groups in float at which the measured error holds; None: nothing."""
+        while True:
+            known = {
+                count: self.checked.get(_key(choice), self.measured[_key(choice)] * strictness)
+                for count, choice in enumerate(chain)
+                if _key(choice) in self.measured
+            }
+            held = min((n for n, share in known.items() if share <= 1.0), default=len(chain))
+            missed = max((n for n in known if n < held), default=-1)
+            good = held < len(chain) and known[held] >= _GOOD_SHARE
+            if good or held - missed <= 1 or len(self.measured) >= self.max_evaluations:
+                return held if held < len(chain) else None
+            # From the nearest that missed, as far as the model says that it takes.
+            start = known.get(missed, math.inf)
+            aim = 0.0 if math.isinf(start) else self._predicted(chain[missed]) * _AIM / start
+            guess = next(
+                (n for n, choice in enumerate(chain) if self._predicted(choice) <= aim), held
+            )
+            if not missed < guess < held:
+                guess = (missed + held) // 2
+            self._share(chain[guess])
+
+    def _strictness(self, choice: _Choice) -> float:
+        """Return what a check says of a plan over what the search says, and a little more."""
+        share = self._share(choice)
+        checked = self.checked.get(_key(choice), share)
+        return checked / share / _AIM if 0.0 < share < math.inf and checked < math.inf else 1.0
+
+    def _share(self, choice: _Choice) -> float:
+        if _key(choice) not in self.measured:
+            share = self.measured[_key(choice)] = self.judge(_plans(self.groups, choice))
+            self._say(f"plan {len(self.measured)}", choice, share)
+        return self.measured[_key(choice)]
+
+    def _checked(self, choice: _Choice) -> float:
+        if _key(choice) not in self.checked:
+            share = self.checked[_key(choice)] = self.check(_plans(self.groups, choice))
+            self._say("on unseen observations", choice, share)
+        return self.checked[_key(choice)]
+
+    def _say(self, what: str, choice: _Choice, share: float) -> None:
+        int8 = sum(group.parameters for group in self.groups if choice[group.name] is not None)
+        total = sum(group.parameters for group in self.groups)
+        self.report(
+            f"{what}: {100 * int8 / total:.1f} % of the weights in INT8, error at "
+            f"{100 * share:.0f} % of the budget"
+        )
+
+    def _loss(self, group: Group, choice: _Choice) -> float:
+        scheme = choice[group.name]
+        return 0.0 if scheme is None else self.weights[section(group)] * group.errors[scheme] ** 2
+
+    def _cost(self, choice: _Choice) -> int:
+        chosen = ((choice[group.name], group.parameters) for group in self.groups)
+        return sum(cost(scheme) * size for scheme, size in chosen if scheme is not None)
+
+    def _predicted(self, choice: _Choice) -> float:
+        return math.sqrt(sum(self._loss(group, choice) for group in self.groups))
+
+    def _found(self, choice: _Choice) -> Found:
+        plans = _plans(self.groups, choice)
+        return Found(plans, self.checked[_key(choice)], len(self.measured))
 
 
 def section_weights(
@@ -176,7 +280,7 @@ def section_weights(
         sections.setdefault(section(group), []).append(group)
     weights = {}
     for name, members in sections.items():
-        choice: dict[str, LayerScheme | None] = {group.name: group.best for group in members}
+        choice: _Choice = {group.name: group.best for group in members}
         share = judge(_plans(members, choice))
         local = sum(group.errors[group.best] ** 2 for group in members)
         weights[name] = share**2 / local if local > 0.0 else 0.0
@@ -184,50 +288,26 @@ def section_weights(
     return weights
 
 
-def _cheapest(groups: Sequence[Group], weights: Mapping[str, float], limit: float) -> _Choice:
-    """Return the cheapest choice whose predicted squared error does not exceed a limit."""
-    low, high = 0.0, 1.0
-    if _predicted(groups, weights, _choose(groups, weights, 0.0)) <= limit:
-        return _choose(groups, weights, 0.0)
-    while _predicted(groups, weights, _choose(groups, weights, high)) > limit:
-        low, high = high, high * 8.0
-    # The multiplier's own precision: far more steps than there are plans to tell apart.
-    for _ in range(100):
-        middle = (low + high) / 2.0
-        if _predicted(groups, weights, _choose(groups, weights, middle)) > limit:
-            low = middle
-        else:
-            high = middle
-    return _choose(groups, weights, high)
+def _cheapest(group: Group, schemes: Sequence[LayerScheme]) -> LayerScheme | None:
+    """Return the cheapest of the schemes that are as accurate as the best of them."""
+    limit = _CLOSE * min((group.errors[scheme] for scheme in schemes), default=math.inf)
+    close = [scheme for scheme in schemes if group.errors[scheme] <= limit]
+    return min(close, key=lambda scheme: (cost(scheme), group.errors[scheme]), default=None)
 
 
-def _choose(groups: Sequence[Group], weights: Mapping[str, float], multiplier: float) -> _Choice:
-    """Minimise cost + multiplier * error**2, group by group."""
-    total = sum(group.parameters for group in groups)
-
-    def price(group: Group, scheme: LayerScheme | None) -> tuple[float, float]:
-        spent = cost(scheme) * group.parameters / total
-        loss = 0.0 if scheme is None else weights[section(group)] * group.errors[scheme] ** 2
-        # Of two equal prices the smaller error.
-        return spent + multiplier * loss, loss
-
-    return {
-        group.name: min((*group.errors, None), key=lambda scheme: price(group, scheme))
-        for group in groups
-    }
+def _kind(scheme: LayerScheme) -> tuple[LayerScheme, bool]:
+    """Return what is alike in a uniform plan: all but a rotation's block, the width's matter."""
+    return replace(scheme, rotation=None), scheme.rotation is not None
 
 
-def _predicted(
-    groups: Sequence[Group],
-    weights: Mapping[str, float],
-    choice: Mapping[str, LayerScheme | None],
-) -> float:
-    loss = 0.0
-    for group in groups:
-        scheme = choice[group.name]
-        if scheme is not None:
-            loss += weights[section(group)] * group.errors[scheme] ** 2
-    return loss
+def _of_kind(group: Group, kind: tuple[LayerScheme, bool]) -> LayerScheme | None:
+    """Return a group's scheme of a kind; without the rotation where its width allows none."""
+    kinds = {_kind(scheme): scheme for scheme in group.errors}
+    return kinds.get(kind, kinds.get((kind[0], False)))
+
+
+def _key(choice: _Choice) -> tuple[LayerScheme | None, ...]:
+    return tuple(choice.values())
 
 
 def _plans(groups: Sequence[Group], choice: Mapping[str, LayerScheme | None]) -> GraphPlans:

@@ -238,7 +238,7 @@ def test_a_scheme_that_misses_its_limit_is_written_only_when_accepted(
     fp16_bundle: Path, store: Path, tmp_path: Path
 ) -> None:
     options = _options(fp16_bundle, store, tmp_path / "int8", budget=1e-4)
-    with pytest.raises(QuantizationError, match=r"times the limit; nothing was written"):
+    with pytest.raises(QuantizationError, match=r"times the limit, and nothing was written"):
         _quantize(options)
     assert list(tmp_path.iterdir()) == []
     result = _quantize(replace(options, accept=True))
