@@ -77,7 +77,7 @@ class Truth:
         offset = self.cubes[cube] - self.plates[plate]
         return (
             math.hypot(offset[0], offset[1]) < PLATE_RADIUS_M
-            and offset[2] < _RESTING_M
+            and float(offset[2]) < _RESTING_M
             and cube not in self.touched
         )
 

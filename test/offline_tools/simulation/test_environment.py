@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from offline_tools.simulation.environment import Tabletop
+from offline_tools.simulation.environment import Tabletop, Truth
 from offline_tools.simulation.kinematics import Place, arm_joints
 from offline_tools.simulation.randomization import draw_start
 from offline_tools.simulation.robot import FRAME_SIZES
@@ -68,6 +68,13 @@ def test_a_cube_beside_the_plate_is_no_success(simulation: Tabletop) -> None:
     beside = replace(start, cubes={**start.cubes, "green": (x + 0.075, y, 0.0)})
     simulation.reset(5, start=beside)
     assert not simulation.success(Task("green", "left"))
+
+
+def test_a_cube_over_its_plate_gives_a_truth_that_results_can_hold() -> None:
+    above = {"green": np.array([0.0, 0.0, 0.1])}
+    truth = Truth(above, {"left": np.zeros(3)}, None, frozenset())
+    # A NumPy truth has no JSON.
+    assert truth.on_plate("green", "left") is False
 
 
 def test_a_cube_between_the_jaws_is_held_and_no_success(simulation: Tabletop) -> None:
