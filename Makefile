@@ -25,7 +25,7 @@ PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install -qq
 DRAWS := MUJOCO_GL=$${MUJOCO_GL:-egl} $(BIN)/python -c \
     'import mujoco; mujoco.GLContext(16, 16).free()' >/dev/null 2>&1
 
-.PHONY: help setup test faults soak demo format lock clean
+.PHONY: help setup test faults fuzz soak demo format lock clean
 
 help:
 	@echo "make demo    the shipped policy in INT8 moves the simulated robot (options: DEMO_ARGS)"
@@ -33,6 +33,7 @@ help:
 	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
 	@echo "make faults  the long form of the fault matrix: 50 signals at random moments"
 	@echo "make soak    both nodes for 30 minutes at full camera load (options: SOAK_ARGS)"
+	@echo "make fuzz    the long form of the malformed files: 2000 of each kind, other ones each time"
 	@echo "make format  rewrite the code in the project's format"
 	@echo "make lock    choose the newest versions anew and write requirements.lock"
 	@echo "make clean   remove .venv and what builds and tests left behind"
@@ -97,6 +98,9 @@ $(SOAK)/bundle: | $(PACKAGE_STAMP)
 
 soak: setup $(SOAK)/bundle
 	@$(BIN)/groot-int8 soak --bundle $(SOAK)/bundle $(SOAK_ARGS)
+
+fuzz: setup
+	@GROOT_FUZZ_EXAMPLES=$${GROOT_FUZZ_EXAMPLES:-2000} $(BIN)/python -m pytest test/security $(PYTEST_ARGS)
 
 demo: setup
 	@$(BIN)/groot-int8 demo $(DEMO_ARGS)

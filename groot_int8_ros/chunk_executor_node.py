@@ -25,14 +25,14 @@ import numpy as np
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.duration import Duration
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import JointState
 from std_srvs.srv import Trigger
 from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.control.chunks import Refusal
 from groot_int8_ros.control.command import Command
-from groot_int8_ros.control.executor import Executor
+from groot_int8_ros.control.executor import NO_JOINTS, Executor
 from groot_int8_ros.control.settings import Channel
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.ros.diagnostics import status_array
 from groot_int8_ros.ros.executor_diagnostics import (
     channel_statuses,
@@ -40,9 +40,13 @@ from groot_int8_ros.ros.executor_diagnostics import (
     input_statuses,
     not_following,
 )
-from groot_int8_ros.ros.executor_messages import CommandWriter, chunk_of, commitment_message
+from groot_int8_ros.ros.executor_messages import (
+    CommandWriter,
+    MeasuredPositions,
+    chunk_of,
+    commitment_message,
+)
 from groot_int8_ros.ros.executor_parameters import ExecutorParameterSet, OutputParameters
-from groot_int8_ros.ros.joints import stamp_ns
 from groot_int8_ros.ros.managed_node import RELIABLE, ManagedNode, run_node
 
 NODE_NAME = "chunk_executor"
@@ -95,9 +99,8 @@ class ChunkExecutorNode(ManagedNode):
         self._release()
 
     def _configure(self) -> None:
-        for name in self._node_parameters.strangers():
-            if not name.startswith(self._node_parameters.prefixes):
-                self.get_logger().warning(f"parameter '{name}' is not one of this node's; ignored")
+        for name in self._node_parameters.misnamed():
+            self.get_logger().warning(f"parameter '{name}' is not one of this node's; ignored")
         parameters = self._node_parameters.current
         settings, self._outputs = self._node_parameters.settings()
         executor = Executor(settings)
@@ -114,7 +117,15 @@ class ChunkExecutorNode(ManagedNode):
             "reliable": ReliabilityPolicy.RELIABLE,
         }[parameters.sensor_qos_reliability]
         sensor_qos = QoSProfile(depth=parameters.sensor_qos_depth, reliability=reliability)
-        self._subscribe(JointState, parameters.joint_state_topic, self._on_joint_state, sensor_qos)
+        self._measured = MeasuredPositions(
+            parameters.joint_state_type, parameters.joint_state_fields, executor.state_joints
+        )
+        self._subscribe(
+            self._measured.message_type,
+            parameters.joint_state_topic,
+            self._on_joint_state,
+            sensor_qos,
+        )
         self._subscribe(JointTrajectory, parameters.chunk_topic, self._on_chunk, RELIABLE)
         if self._early_estop is not None:
             executor.estop(self._early_estop)
@@ -244,15 +255,15 @@ class ChunkExecutorNode(ManagedNode):
             self.get_logger().warning(f"whether the last hold arrived is not known: {error}")
             return True
 
-    def _on_joint_state(self, message: JointState) -> None:
+    def _on_joint_state(self, message: Any) -> None:
         assert self._control is not None
-        self._control.on_joint_state(
-            message.name,
-            message.position,
-            stamp_ns(message.header),
-            self._now_ns(),
-            time.monotonic_ns(),
-        )
+        now_ns = self._now_ns()
+        try:
+            names, positions, stamp = self._measured.read(message, now_ns)
+        except ObservationError as error:
+            self._control.refuse_joint_state(Refusal(NO_JOINTS, str(error)))
+            return
+        self._control.on_joint_state(names, positions, stamp, now_ns, time.monotonic_ns())
 
     def _on_chunk(self, message: JointTrajectory) -> None:
         assert self._control is not None
@@ -329,6 +340,11 @@ def _cautions(channel: Channel, output: OutputParameters) -> Iterator[str]:
         yield (
             "a group controller keeps its last velocity for ever when this process is killed; "
             "let the hardware time out, or use a controller that does"
+        )
+    if output.kind == "message":
+        yield (
+            f"what the reader of {output.topic} does when this process is killed and commands "
+            "cease is not known here; find it out before the robot moves"
         )
 
 

@@ -103,7 +103,7 @@ class PolicyNode(ManagedNode):
             self._release()
 
     def _configure(self) -> None:
-        for name in self._node_parameters.strangers():
+        for name in self._node_parameters.misnamed():
             self.get_logger().warning(f"parameter '{name}' is not one of this node's; ignored")
         parameters = self._node_parameters.current
         folder = parameters.bundle_path

@@ -9,9 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.files import read_yaml
 
 
 def read_parameter_file(path: Path) -> dict[str, Any]:
@@ -22,10 +21,10 @@ def read_parameter_file(path: Path) -> dict[str, Any]:
     """
     values: dict[str, Any] = {}
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
         for node in content.values():
             _flatten(node["ros__parameters"], "", values)
-    except (OSError, ValueError, yaml.YAMLError, AttributeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} is no ROS parameter file ({error!r}); name the YAML that the node is started "
             "with."

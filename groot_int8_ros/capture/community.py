@@ -22,8 +22,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -44,7 +45,8 @@ from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWrite
 from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import Manifest
 from groot_int8_ros.policy.families import REFERENCE
-from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
+from groot_int8_ros.policy.files import atomic_directory, read_json, refuse_occupied
+from groot_int8_ros.policy.npz import naming_damage, npz_entries, read_array_header
 
 ARCHIVE_FILE = "calib_data.npz"
 METADATA_FILE = "metadata.json"
@@ -63,6 +65,16 @@ _DTYPES: Mapping[str, str] = {
     "timestep": "int64",
     "image_mask": "bool",
     "backbone_attention_mask": "bool",
+}
+_AXES: Mapping[str, int] = {
+    "input_ids": 2,
+    "attention_mask": 2,
+    "pixel_values": 4,
+    "sa_embs": 3,
+    "vl_embs": 3,
+    "timestep": 1,
+    "image_mask": 2,
+    "backbone_attention_mask": 2,
 }
 # Tensors whose first axis after the batch is the sequence.
 _SEQUENCES = {"input_ids", "attention_mask", "vl_embs", "image_mask", "backbone_attention_mask"}
@@ -216,20 +228,25 @@ class _Archive:
         self._stack = contextlib.ExitStack()
         if not path.is_file():
             raise CaptureError(f"there is no {path}; name a {ARCHIVE_FILE}.")
-        with self.naming_damage():
-            self._zip = self._stack.enter_context(zipfile.ZipFile(path))
-        keys = {name.removesuffix(".npy") for name in self._zip.namelist()}
-        # What either target alone has tells which one it is.
-        self.graph = "dit" if keys & {"sa_embs", "vl_embs", "timestep"} else "backbone"
-        missing = [name for name in _KEYS[self.graph] if name not in keys]
-        if missing:
-            self._stack.close()
-            raise CaptureError(
-                f"{path} lacks {', '.join(missing)}. A set for the backbone has "
-                f"{', '.join(_KEYS['backbone'])}; one for the DiT has {', '.join(_KEYS['dit'])}. "
-                "Capture it again with both masks."
+        with self._stack:
+            with self.naming_damage():
+                self._zip = self._stack.enter_context(zipfile.ZipFile(path))
+                self._entries = npz_entries(self._zip)
+            # What either target alone has tells which one it is.
+            self.graph = (
+                "dit" if self._entries.keys() & {"sa_embs", "vl_embs", "timestep"} else "backbone"
             )
-        self.metadata = self._metadata()
+            missing = [name for name in _KEYS[self.graph] if name not in self._entries]
+            if missing:
+                raise CaptureError(
+                    f"{path} lacks {', '.join(missing)}. A set for the backbone has "
+                    f"{', '.join(_KEYS['backbone'])}; one for the DiT has "
+                    f"{', '.join(_KEYS['dit'])}. Capture it again with both masks."
+                )
+            with self.naming_damage():
+                self._check_shapes()
+            self.metadata = self._metadata()
+            self._stack = self._stack.pop_all()
 
     def __enter__(self) -> _Archive:
         return self
@@ -242,7 +259,7 @@ class _Archive:
         if not path.is_file():
             return {}
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             target = content.get("capture_target", self.graph)
         except (OSError, ValueError, AttributeError) as error:
             raise CaptureError(f"{path} is damaged ({error}); copy it again.") from error
@@ -259,15 +276,26 @@ class _Archive:
         name = "padded_sequences" if self.graph == "backbone" else "padded_vl_embs"
         return bool(self.metadata.get(name, True))
 
+    def _check_shapes(self) -> None:
+        rows = set()
+        for name in _KEYS[self.graph]:
+            shape = self.shape(name)
+            if len(shape) != _AXES[name]:
+                raise ValueError(f"{name} has shape {shape} instead of {_AXES[name]} axes")
+            if name != "pixel_values":
+                rows.add(shape[0])
+        if len(rows) > 1:
+            raise ValueError(f"its arrays have {' and '.join(map(str, sorted(rows)))} rows")
+
     def shape(self, name: str) -> tuple[int, ...]:
-        with self.naming_damage(), self._zip.open(f"{name}.npy") as stream:
-            return _header(stream)[0]
+        with self.naming_damage(), self._zip.open(self._entries[name]) as stream:
+            return _header(stream, self._entries[name].file_size)[0]
 
     def rows(self, name: str, together: int = 1) -> Iterator[NDArray[Any]]:
         """Yield an array's rows, `together` at a time, in the type that it should have."""
-        with self.naming_damage(), self._zip.open(f"{name}.npy") as stream:
-            shape, dtype = _header(stream)
-            size = together * int(np.prod(shape[1:], dtype=np.int64)) * dtype.itemsize
+        with self.naming_damage(), self._zip.open(self._entries[name]) as stream:
+            shape, dtype = _header(stream, self._entries[name].file_size)
+            size = together * math.prod(shape[1:]) * dtype.itemsize
             for _ in range(shape[0] // together):
                 data = stream.read(size)
                 if len(data) != size:
@@ -278,33 +306,31 @@ class _Archive:
     @contextlib.contextmanager
     def naming_damage(self) -> Iterator[None]:
         try:
-            yield
-        except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
+            with naming_damage():
+                yield
+        except (OSError, ValueError) as error:
             raise CaptureError(
                 f"{self.path} cannot be read ({error}); it is damaged or was not written by "
                 "np.savez: copy it again."
             ) from error
 
 
-def _header(stream: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = npy_format.read_magic(stream)
-    readers: Mapping[tuple[int, int], Callable[[IO[bytes]], Any]] = {
-        (1, 0): npy_format.read_array_header_1_0,
-        (2, 0): npy_format.read_array_header_2_0,
-    }
-    if version not in readers:
-        raise ValueError(f"npy version {version} is not understood")
-    shape, fortran_order, dtype = readers[version](stream)
+def _header(stream: IO[bytes], file_size: int) -> tuple[tuple[int, ...], np.dtype[Any]]:
+    shape, fortran_order, dtype = read_array_header(stream)
     if dtype.kind not in "fiub" or fortran_order or not shape:
         raise ValueError(f"an array of {dtype} {shape}, in Fortran order: {fortran_order}")
-    return tuple(map(int, shape)), dtype
+    promised = math.prod(shape) * dtype.itemsize
+    # An array without values could have any number of rows.
+    if not promised or promised != file_size - stream.tell():
+        raise ValueError(f"an array of {dtype} {shape} in {file_size} bytes")
+    return shape, dtype
 
 
 def _backbone_samples(
     archive: _Archive, manifest: Manifest, _: list[int]
 ) -> Iterator[CaptureSample]:
     count, frames = archive.shape("input_ids")[0], archive.shape("pixel_values")[0]
-    if not count or frames % count:
+    if frames % count:
         raise CaptureError(
             f"{archive.path} has {frames} images for {count} samples, which is no whole number of "
             "cameras; the file is incomplete."

@@ -39,14 +39,38 @@ from groot_int8_ros.policy.bundle import Bundle, Manifest
 from groot_int8_ros.policy.families import DEPLOYED, LARGE_GRAPHS
 from groot_int8_ros.policy.files import (
     atomic_file,
+    read_json,
     refuse_occupied,
     remove_leftovers,
     sha256_of_file,
 )
+from groot_int8_ros.policy.npz import read_npz
 
 SCHEMA_VERSION = 2
 INDEX_FILE = "capture.json"
 DEFAULT_SAMPLES_PER_SHARD = 16
+
+# What the index's JSON must hold, since Python would take anything.
+_META_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "checkpoint_sha256": str,
+    "family": str,
+    "embodiment": str,
+    "action_horizon": int,
+    "denoising_steps": int,
+    "origin": str,
+    "seed": (int, type(None)),
+    "engine": str,
+    "precision": (dict, type(None)),
+}
+_SAMPLE_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "position": int,
+    "sha256": str,
+    "instruction": str,
+    "stamp_ns": int,
+    "source": str,
+    "seed": (int, type(None)),
+    "graphs": tuple,
+}
 
 _CAPTURE_AGAIN = "Capture again: groot-int8 calibrate --bundle BUNDLE --dataset DATASET"
 
@@ -610,20 +634,21 @@ def _load(folder: Path, shard: Shard, record: SampleRecord) -> CaptureSample:
     path = folder / shard.file
     prefix = f"{record.position:05d}/"
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {
-                name[len(prefix) :]: archive[name]
-                for name in archive.files
-                if name.startswith(prefix)
-            }
-        return sample_from_arrays(
-            record.instruction, record.stamp_ns, record.source, record.seed, arrays
+        arrays = read_npz(path, lambda name: name.startswith(prefix))
+        sample = sample_from_arrays(
+            record.instruction,
+            record.stamp_ns,
+            record.source,
+            record.seed,
+            {name.removeprefix(prefix): array for name, array in arrays.items()},
         )
-    except Exception as error:  # zipfile, zlib and NumPy each have errors of their own
+    except (ValueError, KeyError) as error:
         raise CaptureError(
             f"{path} cannot be read ({type(error).__name__}: {error}). Copy the store again, or: "
             + _CAPTURE_AGAIN
         ) from error
+    check_sample(sample)
+    return sample
 
 
 def _read_index(folder: Path) -> Index:
@@ -633,7 +658,7 @@ def _read_index(folder: Path) -> Index:
             f"{folder} is no capture store: it has no {INDEX_FILE}. " + _CAPTURE_AGAIN
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         schema = content["schema_version"]
         if schema != SCHEMA_VERSION:
             raise CaptureError(
@@ -641,28 +666,43 @@ def _read_index(folder: Path) -> Index:
                 f"{SCHEMA_VERSION}. " + _CAPTURE_AGAIN
             )
         index = Index(
-            meta=CaptureMeta(**content["meta"]),
+            meta=_meta(content["meta"]),
             shards=tuple(_shard(shard) for shard in content["shards"]),
             finished=content["finished"],
             offered=content["offered"],
         )
         if index.content_sha256 != content["content_sha256"]:
             raise ValueError("its content_sha256 is not that of its samples")
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CaptureError(f"{path} is damaged: {error!r}. " + _CAPTURE_AGAIN) from error
     return index
+
+
+def _meta(content: Mapping[str, Any]) -> CaptureMeta:
+    meta = CaptureMeta(**content)
+    _check_types(meta, _META_TYPES, "meta")
+    if meta.family not in LARGE_GRAPHS:
+        raise ValueError(f"{meta.family!r:.80} is no family of graphs")
+    return meta
 
 
 def _shard(content: Mapping[str, Any]) -> Shard:
     file = content["file"]
     _shard_number(file)
-    samples = tuple(
-        SampleRecord(**{**record, "graphs": tuple(record["graphs"])})
-        for record in content["samples"]
-    )
-    if not all(isinstance(sample.position, int) for sample in samples):
-        raise TypeError(f"a position in {file} is not a whole number")
+    samples = tuple(_sample_record(record, file) for record in content["samples"])
     return Shard(file=file, sha256=content["sha256"], samples=samples)
+
+
+def _sample_record(content: Mapping[str, Any], file: str) -> SampleRecord:
+    record = SampleRecord(**{**content, "graphs": tuple(content["graphs"])})
+    _check_types(record, _SAMPLE_TYPES, f"a sample in {file}")
+    return record
+
+
+def _check_types(record: object, types: Mapping[str, type | tuple[type, ...]], where: str) -> None:
+    for name, kind in types.items():
+        if not isinstance(getattr(record, name), kind):
+            raise TypeError(f"{name} of {where} is of another type")
 
 
 def _shard_number(file: str) -> int:

@@ -168,10 +168,15 @@ class Executor:
             Why they were not taken, or None.
         """
         refusal = self._take_joint_state(names, positions, stamp_ns, now_ns, steady_ns)
-        self._state_fault = refusal
+        self._state_fault = None
         if refusal:
-            self.counters.refusals[f"joint state: {refusal.reason}"] += 1
+            self.refuse_joint_state(refusal)
         return refusal
+
+    def refuse_joint_state(self, refusal: Refusal) -> None:
+        """Count measured positions that could not even be read, and why."""
+        self._state_fault = refusal
+        self.counters.refusals[f"joint state: {refusal.reason}"] += 1
 
     def on_chunk(self, chunk: TimedChunk, now_ns: int, steady_ns: int) -> Refusal | None:
         """Take a chunk, each channel its own joints.

@@ -36,7 +36,7 @@ from groot_int8_ros.policy.families import (
     deployed_fault,
     engine_graphs,
 )
-from groot_int8_ros.policy.files import sha256_of_file
+from groot_int8_ros.policy.files import leads_outside, read_json, sha256_of_file
 from groot_int8_ros.policy.processor import Processor, load_processor
 from groot_int8_ros.policy.prompt_bank import PromptRecords, parse_prompts
 from groot_int8_ros.policy.quantization import QuantizationRecord, parse_record
@@ -264,8 +264,8 @@ def _read_manifest(folder: Path) -> Manifest:
             "groot-int8 export wrote; to make one, export to a new folder."
         )
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_json(path)
+    except (OSError, ValueError) as error:
         raise BundleError(
             f"{path} cannot be read: {error}. " + _EXPORT_AGAIN.format(folder=folder)
         ) from error
@@ -350,8 +350,7 @@ def _prompts_from_dict(
 
 def _refuse_outside(name: str) -> None:
     # The manifest comes from disk like everything else: it must not lead out of the bundle.
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
+    if leads_outside(name):
         raise _FieldError(f"the file name {name!r} leads out of the bundle")
 
 
@@ -462,6 +461,11 @@ def _check_file(
     try:
         if not path.is_file():
             raise BundleError(f"the bundle lacks {path}. {again}")
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise BundleError(
+                f"{path} is a link that leads out of the bundle. Copy the bundle with what its "
+                "links point at: cp --recursive --dereference"
+            )
         found = path.stat().st_size
         changed = (
             progress is not None and found == size and sha256_of_file(path, progress) != sha256

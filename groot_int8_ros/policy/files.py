@@ -1,6 +1,7 @@
 """Writing files so that a crash, a full disk or a Ctrl-C never leaves half of one.
 
-Owns: atomic writes, their repair after a kill, and content hashes. Must not import anything of the
+Owns: atomic writes, their repair after a kill, content hashes, and reading
+JSON and YAML that may be damaged. Must not import anything of the
 package but its errors. A writer works on a temporary name in the same folder and renames at the
 end; POSIX makes that rename atomic, so a reader sees the old content or the new, never a mixture.
 """
@@ -12,6 +13,7 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import re
@@ -19,11 +21,18 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from groot_int8_ros.errors import OutputError
 
 _HASH_BLOCK_BYTES = 4 << 20
 _TEMPORARY_PREFIX = ".partial-"
+# Far above any manifest or index; JSON takes about ten times its size in memory.
+_LARGEST_JSON_BYTES = 64 << 20
+_LARGEST_YAML_BYTES = 4 << 20
+_DEEPEST_YAML = 64
 # `renameat2` of Linux, which Python does not wrap: swap two paths in one step.
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -48,6 +57,74 @@ def sha256_of_file(path: Path, progress: Callable[[int], None] = lambda size_byt
             digest.update(block)
             progress(len(block))
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; every text in it can be printed, numbers may be NaN.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no JSON in UTF-8, too large to be what it is said to be, or nested too
+            deeply.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(_LARGEST_JSON_BYTES + 1)
+    if len(data) > _LARGEST_JSON_BYTES:
+        raise ValueError(f"it is larger than {_LARGEST_JSON_BYTES >> 20} MiB")
+    try:
+        content = json.loads(data.decode("utf-8"))
+        # Half a surrogate pair is valid JSON, and no message, log or file name can hold it.
+        json.dumps(content, ensure_ascii=False).encode("utf-8")
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return content
+
+
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds: plain values, as `yaml.safe_load` gives them.
+
+    Aliases are refused: a few lines of them stand for gigabytes, and ROS does not read them in
+    parameter files either.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: It is no YAML in UTF-8, too large, nested too deeply, or has an alias.
+    """
+    with path.open("rb") as stream:
+        data = stream.read(_LARGEST_YAML_BYTES + 1)
+    if len(data) > _LARGEST_YAML_BYTES:
+        raise ValueError(f"it is larger than {_LARGEST_YAML_BYTES >> 20} MiB")
+    try:
+        return yaml.load(data.decode("utf-8"), _PlainLoader)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from error
+
+
+class _PlainLoader(yaml.SafeLoader):
+    _depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise ValueError("it has an alias (*name): write out what it stands for")
+        # PyYAML's time goes with the square of the depth: 20 kB would take minutes.
+        if self._depth > _DEEPEST_YAML:
+            raise ValueError("it is nested too deeply")
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+
+def leads_outside(name: str) -> bool:
+    """Whether a name that came from a file would lead out of the folder it belongs to."""
+    path = Path(name)
+    return path.is_absolute() or ".." in path.parts
 
 
 def refuse_occupied(

@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 
 from groot_int8_ros.errors import ProcessorError
+from groot_int8_ros.policy.files import read_json
 from groot_int8_ros.policy.types import Float64Array
 
 StateEncoding = Literal["min_max", "mean_std", "sin_cos"]
@@ -301,7 +302,7 @@ def parse_processor(
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_bytes())
+        return read_json(path)
     except FileNotFoundError as error:
         raise ProcessorError(
             f"{path} is missing. Without it neither images, state nor actions can be converted. "
@@ -312,7 +313,7 @@ def _read_json(path: Path) -> Any:
         raise ProcessorError(
             f"cannot read {path}: {error.strerror or error}. Check its permissions and the disk."
         ) from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ProcessorError(
             f"{path} is not valid JSON ({error}). It is damaged or cut short: copy it again from "
             "the fine-tuning output."

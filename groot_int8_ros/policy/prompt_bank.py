@@ -12,9 +12,7 @@ padded on the left and a mask tells which places are real.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,6 +25,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.errors import BundleError, ObservationError, UnknownInstructionError
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.families import LANGUAGE_PREFIX, PREFIX_MASK, TEXT_PREFIX, TOKEN_AXIS
+from groot_int8_ros.policy.npz import read_npz
 from groot_int8_ros.policy.token_layout import padded_left
 from groot_int8_ros.policy.types import Float32Array, Int64Array
 
@@ -137,13 +136,7 @@ def read_prefix(stream: Path | IO[bytes]) -> PromptPrefix:
     Raises:
         ValueError: It is damaged, or something else.
     """
-    try:
-        # NumPy leaves a path open that holds no archive.
-        opened = stream.open("rb") if isinstance(stream, Path) else contextlib.nullcontext(stream)
-        with opened as content, np.load(content, allow_pickle=False) as arrays:
-            found = {name: arrays[name] for name in arrays.files}
-    except (OSError, EOFError, zipfile.BadZipFile, ValueError) as error:
-        raise ValueError(f"it cannot be read: {error}") from error
+    found = read_npz(stream)
     wanted = {"input_ids", "checkpoint_sha256", "first_position", *_TENSORS}
     if set(found) != wanted:
         raise ValueError(f"it holds {sorted(found)} instead of {sorted(wanted)}")

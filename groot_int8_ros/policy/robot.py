@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
-import yaml
 
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.files import read_yaml
 from groot_int8_ros.policy.types import CameraSpec, Float64Array, JointSpec, JointUnit
 
 _UNITS: tuple[JointUnit, ...] = get_args(JointUnit)
@@ -98,10 +98,10 @@ def load_robot(path: Path) -> RobotDescription:
         ConfigurationError: The file is missing, is not YAML or does not describe a robot.
     """
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the robot description {path}: {error}") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         # PyYAML lets a date such as 2026-13-01 through to its constructor's ValueError.
         raise ConfigurationError(
             f"the robot description {path} is not valid YAML: {error}"

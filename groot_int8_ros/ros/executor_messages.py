@@ -1,23 +1,27 @@
 """Messages of the chunk executor: chunks in, commands and commitments out.
 
-Owns: their conversion. Must not import rclpy or the policy: it works on messages alone.
+Owns: their conversion, and that of the measured positions. Must not import rclpy or the policy: it
+works on messages alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from builtin_interfaces.msg import Duration
 from geometry_msgs.msg import Twist, TwistStamped
+from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
 from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 
 from groot_int8_ros.control.chunks import TimedChunk, shape_fault
 from groot_int8_ros.control.commitment import Commitment
 from groot_int8_ros.control.types import NANOSECONDS, Float64Array
-from groot_int8_ros.errors import ObservationError
+from groot_int8_ros.errors import ConfigurationError, ObservationError
 from groot_int8_ros.ros.executor_parameters import OutputParameters
+from groot_int8_ros.ros.field_map import FieldMap, FieldWriter, message_class, parse_fields
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
 
@@ -41,6 +45,55 @@ def chunk_of(message: Any) -> TimedChunk:
     else:
         targets = np.empty((len(due_ns), 0))
     return TimedChunk(stamp, names, due_ns, targets)
+
+
+class MeasuredPositions:
+    """Reads measured positions from the message that the robot publishes them in.
+
+    Args:
+        type_name: The message, `sensor_msgs/msg/JointState` or any other.
+        lines: Of any other: where each joint's position stands, as `field_map.parse_fields` takes
+            it.
+        joints: Those whose position is needed.
+
+    Raises:
+        ConfigurationError: The fields do not fit the message, or a joint has none.
+    """
+
+    def __init__(self, type_name: str, lines: Sequence[str], joints: Sequence[str]) -> None:
+        self.message_type = message_class(type_name)
+        self._map: FieldMap | None = None
+        fields = parse_fields(lines, "joint_state_fields")
+        if self.message_type is JointState:
+            if fields:
+                raise ConfigurationError(
+                    "parameter 'joint_state_fields' is for another message than "
+                    f"{type_name}, whose joints are found by their names; set "
+                    "'joint_state_type', or leave the fields out"
+                )
+            return
+        missing = [joint for joint in joints if joint not in fields]
+        if missing:
+            raise ConfigurationError(
+                f"parameter 'joint_state_fields' has no field for {', '.join(missing)}; add a "
+                f"line like '{missing[0]} = path.to.the[0].field'"
+            )
+        self._map = FieldMap(self.message_type, fields)
+
+    def read(self, message: Any, now_ns: int) -> tuple[Sequence[str], Sequence[float], int]:
+        """Return the joints' names, their positions and the stamp in nanoseconds.
+
+        Args:
+            message: Of `message_type`.
+            now_ns: ROS time, the stamp of a message without a header.
+
+        Raises:
+            ObservationError: The message is shorter than the field map.
+        """
+        stamp = stamp_ns(message.header) if hasattr(message, "header") else now_ns
+        if self._map is None:
+            return message.name, message.position, stamp
+        return self._map.names, self._map.read(message).tolist(), stamp
 
 
 def commitment_message(commitment: Commitment) -> JointTrajectory:
@@ -77,21 +130,33 @@ class CommandWriter:
     `joint_trajectory` is a single point for a joint_trajectory_controller, without a stamp, so
     that it begins when it arrives and never lies in the past; positions only, so that the
     controller stays at them when nothing follows. `float64_multi_array` is for the forward and
-    group controllers of ros2_control, `twist` and `twist_stamped` for a base.
+    group controllers of ros2_control, `twist` and `twist_stamped` for a base. `message` is any
+    other message, by its fields; a `header` in it gets the time of the command.
 
     Args:
         joints: Names of the channel's joints.
         output: How its commands are published.
+
+    Raises:
+        ConfigurationError: The fields do not fit the message, or it is not installed.
     """
 
     def __init__(self, joints: tuple[str, ...], output: OutputParameters) -> None:
         self._output = output
         self._joints = list(joints)
         self._after = _duration(round(output.point_time_s * NANOSECONDS))
+        self._fields: FieldWriter | None = None
+        if output.kind == "message":
+            self._kind = message_class(output.type_name)
+            self._fields = FieldWriter(
+                self._kind, output.fields, output.constants, "output_fields"
+            )
 
     @property
     def message_type(self) -> type[Any]:
         """Type of the messages."""
+        if self._fields is not None:
+            return self._kind
         kinds: dict[str, type[Any]] = {
             "joint_trajectory": JointTrajectory,
             "float64_multi_array": Float64MultiArray,
@@ -107,6 +172,11 @@ class CommandWriter:
             values: float64, shape (J,).
             now_ns: ROS time, for messages with a stamp.
         """
+        if self._fields is not None:
+            message = self._fields.write(values)
+            if hasattr(message, "header"):
+                message.header.stamp = time_message(now_ns)
+            return message
         if self._output.kind == "joint_trajectory":
             point = JointTrajectoryPoint(positions=values.tolist(), time_from_start=self._after)
             return JointTrajectory(joint_names=self._joints, points=[point])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
@@ -36,9 +36,10 @@ from groot_int8_ros.control.settings import (
 from groot_int8_ros.control.types import Float64Array
 from groot_int8_ros.control.urdf import urdf_limits
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.ros.parameters import Declaration, ParameterSet
+from groot_int8_ros.ros.field_map import parse_fields
+from groot_int8_ros.ros.parameters import JOINT_STATE_TYPE, Declaration, ParameterSet
 
-Output = Literal["joint_trajectory", "float64_multi_array", "twist", "twist_stamped"]
+Output = Literal["joint_trajectory", "float64_multi_array", "twist", "twist_stamped", "message"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 TWIST_AXES = ("linear.x", "linear.y", "linear.z", "angular.x", "angular.y", "angular.z")
 
@@ -50,7 +51,15 @@ EXECUTOR_PARAMETERS: Mapping[str, Declaration] = {
         is_topic=True,
     ),
     "joint_state_topic": Declaration(
-        "joint_states", "Topic of sensor_msgs/JointState.", is_topic=True
+        "joint_states", "Topic of the measured positions.", is_topic=True
+    ),
+    "joint_state_type": Declaration(
+        JOINT_STATE_TYPE,
+        "Message of the measured positions; of any other than sensor_msgs/msg/JointState the "
+        "fields are named by joint_state_fields.",
+    ),
+    "joint_state_fields": Declaration(
+        [""], "Lines like 'left_hip = motor_state[0].q': where each joint's position stands."
     ),
     "committed_topic": Declaration(
         "~/committed",
@@ -144,6 +153,15 @@ CHANNEL_PARAMETERS: Mapping[str, tuple[Any, str]] = {
     "output": ("joint_trajectory", f"Message of the command: {', '.join(OUTPUTS)}."),
     "topic": ("", "Topic of the command. Required."),
     "axes": ([""], f"Field of the twist for each joint: {', '.join(TWIST_AXES)}."),
+    "output_type": ("", "Message of output message, such as my_robot_msgs/msg/LowCmd."),
+    "output_fields": (
+        [""],
+        "Of output message: lines like 'left_hip = motor_cmd[0].q', one for each joint.",
+    ),
+    "output_constants": (
+        [""],
+        "Of output message: lines like 'motor_cmd[0].kp = 60.0', what else stands in it.",
+    ),
     "point_time_s": (
         0.0,
         "time_from_start of a JointTrajectory's point; 0.0 is the control period.",
@@ -172,6 +190,8 @@ class ExecutorParameters:
         channels: Names of the channels.
         chunk_topic: Topic of the chunks.
         joint_state_topic: Topic of the joint states.
+        joint_state_type: Their message.
+        joint_state_fields: Of another message than JointState: `joint name = path.to[0].field`.
         committed_topic: Topic of what will be executed.
         urdf: URDF file, or empty.
         control_rate_hz: Commands a second.
@@ -204,6 +224,8 @@ class ExecutorParameters:
     channels: Sequence[str]
     chunk_topic: str
     joint_state_topic: str
+    joint_state_type: str
+    joint_state_fields: Sequence[str]
     committed_topic: str
     urdf: str
     control_rate_hz: float
@@ -242,12 +264,18 @@ class OutputParameters:
         topic: Topic.
         axes: Field of the twist for each joint; empty for other messages.
         point_time_s: `time_from_start` of a trajectory's point, seconds.
+        type_name: Message class of `message`.
+        fields: Of `message`: joint to path.
+        constants: Of `message`: path to what stands there.
     """
 
     kind: Output
     topic: str
     axes: tuple[str, ...]
     point_time_s: float
+    type_name: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, str] = field(default_factory=dict)
 
 
 class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
@@ -433,8 +461,37 @@ class ExecutorParameterSet(ParameterSet[ExecutorParameters]):
         if not 0.0 <= point_time_s < math.inf:
             raise ConfigurationError(f"parameter '{prefix}.point_time_s' must be 0.0 or more")
         return OutputParameters(
-            kind, topic, axes, point_time_s or 1.0 / self.current.control_rate_hz
+            kind,
+            topic,
+            axes,
+            point_time_s or 1.0 / self.current.control_rate_hz,
+            values["output_type"],
+            *_message_fields(prefix, channel, kind, values),
         )
 
 
+def _message_fields(
+    prefix: str, channel: Channel, kind: Output, values: Mapping[str, Any]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return joint to path in the channel's order, and path to constant."""
+    fields = parse_fields(values["output_fields"], f"{prefix}.output_fields")
+    constants = parse_fields(values["output_constants"], f"{prefix}.output_constants")
+    if kind != "message":
+        given = [name for name in _OF_MESSAGES if any(values[name])]
+        if given:
+            raise ConfigurationError(
+                f"parameter '{prefix}.{given[0]}' is for 'output: message', and "
+                f"'{prefix}.output' is {kind}; leave it out, or correct the output"
+            )
+        return {}, {}
+    if set(fields) != set(channel.joints):
+        wrong = sorted(set(fields) ^ set(channel.joints))
+        raise ConfigurationError(
+            f"parameter '{prefix}.output_fields' must name one field for each joint of the "
+            f"channel and no other; {', '.join(wrong)} is on one side only"
+        )
+    return {joint: fields[joint] for joint in channel.joints}, constants
+
+
+_OF_MESSAGES = ("output_type", "output_fields", "output_constants")
 _LIMITS = ("lower", "upper", "velocity", "acceleration", "step")

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _FLOATS = {
     "float": float(np.finfo(np.float32).max),
     "double": float(np.finfo(np.float64).max),
 }
+# What a constant may be beside numbers.
+_WORDS = ("boolean", "string")
 _INTEGERS = {
     name: np.dtype(name)
     for name in ("int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64")
@@ -243,6 +245,58 @@ class FieldStateReader:
         return state
 
 
+class FieldWriter:
+    """Writes numbers into the fields of one message that is used again and again.
+
+    Args:
+        kind: The message class.
+        fields: Name to path, in the order of the values. They end at floating-point numbers: a
+            whole one would round what is written.
+        constants: Path to what always stands there: a number, `true`, `false` or a text.
+        parameter: Parameter that the paths come from; named in errors.
+
+    Raises:
+        ConfigurationError: A path does not fit the class, is there twice, or a constant does not
+            go into its field.
+    """
+
+    def __init__(
+        self,
+        kind: type[Any],
+        fields: Mapping[str, str],
+        constants: Mapping[str, str],
+        parameter: str,
+    ) -> None:
+        self._map = FieldMap(kind, fields)
+        taken = {FieldPath.parse(text).steps: name for name, text in fields.items()}
+        for text in fields.values():
+            leaf = _check(FieldPath.parse(text), kind)
+            if leaf not in _FLOATS:
+                raise ConfigurationError(
+                    f"parameter '{parameter}': {text} is {leaf}, which would round a command; "
+                    "name a field of floating-point numbers"
+                )
+        # One message for all commands: a class with fixed arrays takes milliseconds to make.
+        self._message = kind()
+        for text, value in constants.items():
+            path = FieldPath.parse(text)
+            if path.steps in taken:
+                raise ConfigurationError(
+                    f"parameter '{parameter}': {text} is the field of {taken[path.steps]!r} and "
+                    "cannot be constant"
+                )
+            _set(self._message, path.steps, _constant(value, _check(path, kind, _WORDS), text))
+
+    def write(self, values: Float64Array) -> Any:
+        """Return the message with these values, shape (len(fields),); the same one each time.
+
+        Raises:
+            ObservationError: A value does not go into its field.
+        """
+        self._map.write(self._message, values)
+        return self._message
+
+
 def parse_fields(lines: Sequence[str], parameter: str) -> dict[str, str]:
     """Parse lines such as `left_hip = motor_state[0].q`.
 
@@ -268,8 +322,14 @@ def parse_fields(lines: Sequence[str], parameter: str) -> dict[str, str]:
     return fields
 
 
-def _check(path: FieldPath, kind: type[Any]) -> str:
-    """Return the type of the number at a path's end, or refuse the path."""
+def _check(path: FieldPath, kind: type[Any], others: Collection[str] = ()) -> str:
+    """Return the type at a path's end, or refuse the path.
+
+    Args:
+        path: The path.
+        kind: The message class that it begins in.
+        others: Types that it may end at beside numbers.
+    """
     for position, (name, index) in enumerate(path.steps):
         fields = kind.get_fields_and_field_types()
         where = f"{path.text}: {_shown(kind)}"
@@ -280,7 +340,7 @@ def _check(path: FieldPath, kind: type[Any]) -> str:
         element = _element(fields[name], index, f"{where}.{name}")
         is_last = position == len(path.steps) - 1
         if is_last:
-            if element not in _FLOATS and element not in _INTEGERS:
+            if element not in _FLOATS and element not in _INTEGERS and element not in others:
                 raise ConfigurationError(f"{where}.{name} is {element}, which is no number")
             return element
         if "/" not in element:
@@ -325,7 +385,24 @@ def _number(value: float, leaf: str, path: str) -> float | int:
     return whole
 
 
-def _set(message: Any, steps: tuple[tuple[str, int | None], ...], number: float | int) -> None:
+def _constant(text: str, leaf: str, path: str) -> float | int | bool | str:
+    if leaf == "string":
+        return text
+    try:
+        if leaf == "boolean":
+            return {"true": True, "false": False}[text.lower()]
+        value = float(text)
+        number = _number(value, leaf, path)
+    except (KeyError, ValueError, ObservationError) as error:
+        raise ConfigurationError(f"{path} is {leaf} and cannot hold {text!r:.80}") from error
+    if number != value:
+        raise ConfigurationError(f"{path} is {leaf} and cannot hold {text!r:.80}")
+    return number
+
+
+def _set(
+    message: Any, steps: tuple[tuple[str, int | None], ...], number: float | int | bool | str
+) -> None:
     for name, index in steps[:-1]:
         inner = getattr(message, name)
         if index is not None:
@@ -347,5 +424,8 @@ def _grow(message: Any, name: str, index: int) -> None:
     if missing <= 0:
         return
     element = _element(message.get_fields_and_field_types()[name], index, name)
-    new = [message_class(element)() for _ in range(missing)] if "/" in element else [0] * missing
+    if "/" in element:
+        new: list[Any] = [message_class(element)() for _ in range(missing)]
+    else:
+        new = [{"boolean": False, "string": ""}.get(element, 0)] * missing
     entries.extend(new)

@@ -460,8 +460,12 @@ class ParameterSet(Generic[P]):
     ) -> dict[str, tuple[JointSpec, ...]]:
         return {key: self._joints(f"{prefix}.{key}", joints) for key, joints in groups.items()}
 
+    def misnamed(self) -> list[str]:
+        """Return the names that mean nothing to the node, whatever it is configured for."""
+        return [name for name in self.strangers() if not name.startswith(self.prefixes)]
+
     def strangers(self) -> list[str]:
-        """Return the names that were given to the node but mean nothing to it."""
+        """Return the names that were given to the node but are not declared, so far or at all."""
         # An empty prefix lists every parameter.
         return [
             name

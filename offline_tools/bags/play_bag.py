@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import os
 import select
 import signal
@@ -28,6 +27,7 @@ import numpy as np
 from rosbags.interfaces import Qos, QosDurability, QosHistory, QosReliability, QosTime
 
 from groot_int8_ros.errors import BagError, ConfigurationError
+from groot_int8_ros.ros.field_map import message_class
 from offline_tools.arguments import not_negative_float, positive_float
 from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
 from offline_tools.bags.reading import Bag, BagTopic, open_bag
@@ -305,15 +305,14 @@ def _parse_remaps(rules: Sequence[str], topics: Sequence[BagTopic], bag: Bag) ->
 
 
 def _message_class(topic: BagTopic, bag: Bag) -> Any:
-    package, _, rest = topic.type_name.partition("/")
-    folder, _, name = rest.rpartition("/")
     try:
-        return getattr(importlib.import_module(f"{package}.{folder or 'msg'}"), name)
-    except (ImportError, AttributeError) as error:
+        # Which also sees to it that a bag cannot have any other module imported.
+        return message_class(topic.type_name)
+    except ConfigurationError as error:
         raise BagError(
-            f"{topic.name} has the message type {topic.type_name}, which this ROS installation "
-            f"does not have ({error}); install the package {package}, or choose other topics "
-            f"with --topics. The bag has:\n{bag.listing()}"
+            f"{topic.name} has the message type {topic.type_name}, which cannot be played: "
+            f"{error}; install the package {topic.type_name.split('/')[0]}, or choose other "
+            f"topics with --topics. The bag has:\n{bag.listing()}"
         ) from error
 
 

@@ -8,7 +8,6 @@ on what is seen, but a JPEG-like or black frame would flatter caches and zero-sk
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.files import atomic_file
+from groot_int8_ros.policy.npz import read_npz
 from groot_int8_ros.policy.policy import draw_noise
 from groot_int8_ros.policy.types import Float32Array, Observation, UInt8Array
 
@@ -85,7 +85,7 @@ def write_inputs(path: Path, inputs: FrozenInputs) -> None:
         arrays |= {f"{index}/images/{key}": value for key, value in one.images.items()}
         arrays |= {f"{index}/state/{key}": value for key, value in one.state.items()}
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def read_inputs(path: Path) -> FrozenInputs:
@@ -95,14 +95,13 @@ def read_inputs(path: Path) -> FrozenInputs:
         ConfigurationError: The file is missing or not such a file.
     """
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
+        arrays = read_npz(path)
         count = int(arrays["count"])
         return FrozenInputs(
             tuple(_observation(arrays, index) for index in range(count)),
             tuple(arrays[f"{index}/noise"] for index in range(count)),
         )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"{path} holds no inputs of a benchmark ({error}). Write some: groot-int8 benchmark "
             f"--bundle BUNDLE --write-inputs {path}"

@@ -10,6 +10,7 @@ whole.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ import pyarrow.parquet
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import DatasetError
+from groot_int8_ros.policy.files import leads_outside, read_json
 from groot_int8_ros.policy.types import Float32Array, Float64Array, UInt8Array
 from offline_tools.dataset.video import read_rgb_frames
 
@@ -29,6 +31,9 @@ Modality = Literal["state", "action"]
 
 _DEFAULT_COLUMN: dict[Modality, str] = {"state": "observation.state", "action": "action"}
 _TASK_INDEX_COLUMN = "task_index"
+# Of a path template, which comes from a file: a width such as {episode_index:0999999999d} would
+# fill the memory.
+_PLACEHOLDER = re.compile(r"\{(?:episode_chunk|episode_index|video_key)(?::0?[0-9]?d)?\}")
 
 
 @dataclass(frozen=True)
@@ -196,7 +201,7 @@ class LeRobotDataset:
             state_keys=_vector_keys(modality, "state", features, source),
             action_keys=_vector_keys(modality, "action", features, source),
             annotations={
-                key: str((entry or {}).get("original_key") or f"annotation.{key}")
+                key: _annotation_column(key, entry, source)
                 for key, entry in _table(modality, "annotation", source, optional=True).items()
             },
             robot_type=str(info.get("robot_type") or ""),
@@ -298,12 +303,15 @@ class LeRobotDataset:
         )
 
     def _path(self, template: str, index: int, video_key: str = "") -> Path:
-        pattern = self._info.get(template)
+        pattern = cast("str", self._info.get(template))
         try:
             chunk = index // int(self._info.get("chunks_size", 1000))
-            return self.root / cast("str", pattern).format(
-                episode_chunk=chunk, episode_index=index, video_key=video_key
-            )
+            if set("{}") & set(_PLACEHOLDER.sub("", pattern)):
+                raise ValueError(pattern)
+            name = pattern.format(episode_chunk=chunk, episode_index=index, video_key=video_key)
+            if leads_outside(name):
+                raise ValueError(name)
+            return self.root / name
         except (AttributeError, KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):
             raise DatasetError(
                 f"{self.root / 'meta/info.json'}: no file name can be made of {template} "
@@ -339,7 +347,7 @@ class LeRobotDataset:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except FileNotFoundError:
         hint = (
             " (GR00T's description of which dimension is which; Isaac-GR00T's guide to data "
@@ -348,7 +356,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             else ""
         )
         raise DatasetError(f"{path} is missing{hint}; add it to the dataset.") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise DatasetError(
             f"{path} cannot be read ({error}); copy the file again from where the dataset came "
             "from."
@@ -370,7 +378,7 @@ def _read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             continue
         try:
             entry = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise DatasetError(
                 f"line {number} of {path} is not JSON ({error}); copy the file again."
             ) from error
@@ -387,7 +395,8 @@ def _read_episodes(path: Path) -> Iterator[EpisodeInfo]:
                 f"line {number} of {path} needs whole numbers 'episode_index' and 'length'; "
                 "correct it."
             )
-        yield EpisodeInfo(index, length, tuple(str(task) for task in tasks or ()))
+        named = tasks if isinstance(tasks, list) else []
+        yield EpisodeInfo(index, length, tuple(str(task) for task in named))
 
 
 def _read_tasks(path: Path) -> dict[int, str]:
@@ -455,6 +464,12 @@ def _vector_width(feature: Mapping[str, Any]) -> int | None:
     if isinstance(shape, list) and len(shape) == 1 and isinstance(shape[0], int):
         return shape[0]
     return None
+
+
+def _annotation_column(key: str, entry: object, source: Path) -> str:
+    if not isinstance(entry, (dict, type(None))):
+        raise DatasetError(f"{source}: annotation.{key} must be a JSON object; correct it.")
+    return str((entry or {}).get("original_key") or f"annotation.{key}")
 
 
 def _camera(key: str, entry: object, features: Mapping[str, Any], source: Path) -> Camera:

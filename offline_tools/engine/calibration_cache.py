@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from groot_int8_ros.errors import CalibrationError
-from groot_int8_ros.policy.files import atomic_file
+from groot_int8_ros.policy.files import atomic_file, read_json
 
 _HEADER = "TRT-"
 _RECORD_SUFFIX = ".json"
@@ -169,7 +169,7 @@ def check_cache(path: Path, graph_sha256: str, samples_sha256: str | None) -> Ca
     record = path.with_name(path.name + _RECORD_SUFFIX)
     remedy = f"Remove {path} to calibrate again (--captures)."
     try:
-        found = CacheRecord(**json.loads(record.read_text(encoding="utf-8")))
+        found = CacheRecord(**read_json(record))
     except (OSError, ValueError, TypeError) as error:
         raise CalibrationError(
             f"nothing says which graph {path} was made from ({record.name} cannot be read: "

@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from groot_int8_ros.errors import CheckpointError
+from groot_int8_ros.policy.files import leads_outside, read_json
 from offline_tools.model.configuration import (
     ModelConfig,
     find_eagle_config,
@@ -38,6 +39,7 @@ INDEX_FILE = "model.safetensors.index.json"
 
 _SUPPORTED_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 _LENGTH_BYTES = 8
+_LONGEST_NAME = 200
 _LARGEST_HEADER_BYTES = 100_000_000  # the limit of the safetensors library itself
 _NAMED_PROBLEMS = 8
 
@@ -98,7 +100,14 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
             for key, value in header.items()
             if key != "__metadata__"
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise _damaged(path, "has a corrupt safetensors header") from error
     expected = _LENGTH_BYTES + length + max((end for _, (_, end) in entries.values()), default=0)
     if size != expected:
@@ -116,10 +125,15 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
 
 def _read_index(path: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        return {str(key): str(file) for key, file in weight_map.items()}
+        weight_map = read_json(path)["weight_map"]
+        files = {str(key): str(file) for key, file in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, "is no index of safetensors shards") from error
+    # A name that no file can have would make the search for it fail in another way.
+    outside = [file for file in files.values() if leads_outside(file) or len(file) > _LONGEST_NAME]
+    if outside:
+        raise _damaged(path, f"names the shard {outside[0]!r:.80}, which cannot be in its folder")
+    return files
 
 
 def _shorten(lines: list[str]) -> str:

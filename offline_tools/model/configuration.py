@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from groot_int8_ros.errors import CheckpointError
+from groot_int8_ros.policy.files import read_json
 
 CONFIG_FILE = "config.json"
 EAGLE_CONFIG_FILE = "eagle_config.json"
@@ -212,7 +213,7 @@ class _Fields:
 
 def _read_json(path: Path) -> _Fields:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}). Copy the checkpoint again."

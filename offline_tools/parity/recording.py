@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,14 @@ class Recording:
             # Opened here: np.load leaves a damaged file open.
             with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 self._arrays = {name: stored[name] for name in stored.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            MemoryError,
+            zipfile.BadZipFile,
+            zlib.error,
+        ) as error:
             raise ConfigurationError(
                 f"{path} cannot be read as recorded arrays ({error}). Nothing can be compared "
                 "with it: copy the golden set again."

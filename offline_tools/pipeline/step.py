@@ -19,7 +19,7 @@ from pathlib import Path
 
 from groot_int8_ros import __version__
 from groot_int8_ros.errors import GrootError
-from groot_int8_ros.policy.files import atomic_file, sha256_of_file
+from groot_int8_ros.policy.files import atomic_file, read_json, sha256_of_file
 
 STATE_FOLDER = ".pipeline"
 
@@ -117,7 +117,7 @@ def run_subcommand(*arguments: str) -> None:
 def read_state(folder: Path, name: str) -> StepState | None:
     """Return what a step left, or None if there is nothing that can be used."""
     try:
-        content = json.loads((folder / STATE_FOLDER / f"{name}.json").read_text("utf-8"))
+        content = read_json(folder / STATE_FOLDER / f"{name}.json")
         return StepState(content["key"], content["output"], content["seconds"])
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -17,7 +17,6 @@ run (seen by others on JetPack 6.2), and then the engine runs without.
 from __future__ import annotations
 
 import importlib
-import json
 import math
 import mmap
 import os
@@ -43,6 +42,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     read_engine_manifest,
     rebuild_command,
 )
+from groot_int8_ros.policy.files import read_json
 
 _BUNDLE_MANIFEST = "manifest.json"
 _INT32 = np.iinfo(np.int32)
@@ -521,7 +521,7 @@ def _short(reason: str) -> str:
 def _recorded_hashes(bundle: Path) -> dict[str, str]:
     path = bundle / _BUNDLE_MANIFEST
     try:
-        files = json.loads(path.read_text(encoding="utf-8"))["files"]
+        files = read_json(path)["files"]
         return {name: str(record["sha256"]) for name, record in files.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise EngineError(f"{path} cannot be read: {error}. Export the bundle again.") from error

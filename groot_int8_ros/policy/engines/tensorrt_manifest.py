@@ -23,13 +23,30 @@ from typing import Any
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.engines.cuda import Device
-from groot_int8_ros.policy.files import sha256_of_file
+from groot_int8_ros.policy.files import read_json, sha256_of_file
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_FOLDER = "engines"
 ENGINE_SUFFIX = ".engine"
 # Boards of one name differ in memory; what the firmware sets aside differs by less than this.
 _SAME_MEMORY = 0.2
+# What the JSON must hold where a refusal looks at it, since Python would take anything.
+_MANIFEST_TYPES: Mapping[str, type] = {
+    "graph": str,
+    "graph_sha256": dict,
+    "engine_sha256": str,
+    "engine_bytes": int,
+    "device_memory_bytes": int,
+    "layer_precision": dict,
+    "calibration": dict,
+    "library_version": str,
+}
+_DEVICE_TYPES: Mapping[str, type] = {
+    "name": str,
+    "compute_capability": str,
+    "multiprocessors": int,
+    "memory_bytes": int,
+}
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ def read_engine_manifest(path: Path, bundle: Path) -> EngineManifest:
     if not path.is_file():
         raise EngineError(f"the engine has no manifest {path}. {again}")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         schema = content["schema_version"]
         if schema != ENGINE_SCHEMA_VERSION:
             raise ValueError(f"its schema version is {schema!r}, not {ENGINE_SCHEMA_VERSION}")
@@ -144,7 +161,15 @@ def read_engine_manifest(path: Path, bundle: Path) -> EngineManifest:
             }
         for name in ("build_options", "build_flags"):
             fields[name] = tuple(str(option) for option in fields[name])
-        return EngineManifest(**fields)
+        manifest = EngineManifest(**fields)
+        for what, types in ((manifest, _MANIFEST_TYPES), (manifest.device, _DEVICE_TYPES)):
+            for name, kind in types.items():
+                value = getattr(what, name)
+                if not isinstance(value, kind) or (isinstance(value, int) and value >> 63):
+                    raise ValueError(f"{name} is of another kind")
+        if manifest.graph not in manifest.graph_sha256:
+            raise ValueError("it does not say which graph the engine was built from")
+        return manifest
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = f"no entry {error}" if isinstance(error, KeyError) else str(error)
         raise EngineError(f"{path} is damaged: {reason}. {again}") from error

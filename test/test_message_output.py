@@ -1,0 +1,220 @@
+"""Hazards of a robot that speaks messages of its own: fields that do not fit, holds that are lost.
+
+The real node over real DDS. What is installed with nested and indexed fields stands for a robot's
+own messages: MultiDOFJointState is read, MultiDOFJointTrajectory commanded.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+
+import rclpy
+from builtin_interfaces.msg import Duration
+from geometry_msgs.msg import Transform, Vector3
+from rclpy.context import Context
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from sensor_msgs.msg import MultiDOFJointState
+from std_srvs.srv import Trigger
+from trajectory_msgs.msg import (
+    JointTrajectory,
+    JointTrajectoryPoint,
+    MultiDOFJointTrajectory,
+)
+
+from groot_int8_ros.chunk_executor_node import ChunkExecutorNode
+from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.ros.executor_messages import CommandWriter, MeasuredPositions
+from groot_int8_ros.ros.executor_parameters import OutputParameters
+
+DEADLINE_S = 60.0
+DOMAIN_ID = 1 + os.getpid() % 100
+FIELDS = {
+    "lift": "points[0].transforms[1].translation.z",
+    "yaw": "points[0].transforms[0].rotation.x",
+}
+CONSTANTS = {
+    "points[0].velocities[1].angular.y": "60.0",
+    "joint_names[0]": "both",
+    "points[0].time_from_start.nanosec": "20000000",
+}
+PARAMETERS: dict[str, Any] = {
+    "channels": ["body"],
+    "joint_state_topic": "/body/state",
+    "joint_state_type": "sensor_msgs/msg/MultiDOFJointState",
+    "joint_state_fields": [
+        "lift = transforms[1].translation.z",
+        "yaw = transforms[0].rotation.x",
+    ],
+    "joint_state_timeout_s": 10.0,
+    "chunk_timeout_s": 10.0,
+    "channel.body.joints": ["lift", "yaw"],
+    "channel.body.output": "message",
+    "channel.body.output_type": "trajectory_msgs/msg/MultiDOFJointTrajectory",
+    "channel.body.output_fields": [f"{joint} = {path}" for joint, path in FIELDS.items()],
+    "channel.body.output_constants": [f"{path} = {text}" for path, text in CONSTANTS.items()],
+    "channel.body.topic": "/body/command",
+    "channel.body.upper": [0.3],
+    "channel.body.lower": [-0.3],
+    "channel.body.velocity": [1.0],
+    "channel.body.acceleration": [10.0],
+    "channel.body.guard_distance": [20.0],
+    "autostart": True,
+}
+
+
+class Body:
+    """The robot's side: stands where it is told to, and remembers what it was told."""
+
+    def __init__(self, node: Node) -> None:
+        self.node = node
+        self.commands: list[MultiDOFJointTrajectory] = []
+        self.at = [0.1, -0.2]
+        self._states = node.create_publisher(MultiDOFJointState, "/body/state", 10)
+        self._chunks = node.create_publisher(JointTrajectory, "/policy_node/action_chunk", 10)
+        node.create_subscription(MultiDOFJointTrajectory, "/body/command", self._on_command, 500)
+        node.create_timer(0.02, self._publish)
+
+    def _on_command(self, message: MultiDOFJointTrajectory) -> None:
+        self.commands.append(message)
+        self.at = self.values[-1]
+
+    @property
+    def values(self) -> list[list[float]]:
+        return [
+            [
+                message.points[0].transforms[1].translation.z,
+                message.points[0].transforms[0].rotation.x,
+            ]
+            for message in self.commands
+        ]
+
+    def _publish(self) -> None:
+        lift, yaw = self.at
+        message = MultiDOFJointState(transforms=[Transform(), Transform()])
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        message.transforms[1].translation = Vector3(z=lift)
+        message.transforms[0].rotation.x = yaw
+        self._states.publish(message)
+
+    def reaches_the_limit(self) -> bool:
+        if self.values[-1] == [0.3, 0.3]:
+            return True
+        self._send_chunk()
+        return False
+
+    def _send_chunk(self) -> None:
+        message = JointTrajectory(joint_names=["yaw", "lift"])
+        message.header.stamp = self.node.get_clock().now().to_msg()
+        message.points = [
+            # Far beyond the limits.
+            JointTrajectoryPoint(positions=[9.0, 9.0], time_from_start=Duration(nanosec=n * 10**8))
+            for n in range(10)
+        ]
+        self._chunks.publish(message)
+
+
+def test_a_robot_with_messages_of_its_own_is_read_commanded_and_held() -> None:
+    context = Context()
+    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+    node = ChunkExecutorNode(
+        context=context,
+        parameter_overrides=[Parameter(name, value=value) for name, value in PARAMETERS.items()],
+    )
+    other = Node("body", context=context)
+    body = Body(other)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    executor.add_node(other)
+
+    def until(met: Callable[[], Any], what: str) -> None:
+        end = time.monotonic() + DEADLINE_S
+        while not met():
+            assert time.monotonic() < end, f"not seen: {what}"
+            executor.spin_once(timeout_sec=0.05)
+
+    try:
+        client: Any = other.create_client(Trigger, "/chunk_executor/enable")
+        until(client.service_is_ready, "the service")
+
+        def enabled() -> bool:
+            future = client.call_async(Trigger.Request())
+            until(future.done, "the answer")
+            return bool(future.result().success)
+
+        until(enabled, "enabled")
+        until(lambda: body.commands, "commands")
+        np.testing.assert_allclose(body.values[0], [0.1, -0.2], atol=1e-9)
+        until(body.reaches_the_limit, "both at their upper limit")
+        first = body.commands[-1]
+        assert first.points[0].velocities[1].angular.y == 60.0
+        assert first.joint_names == ["both"]
+        assert first.points[0].time_from_start.nanosec == 20_000_000
+        assert first.header.stamp.sec > 0
+        steps = np.diff(body.values, axis=0)
+        assert np.abs(steps).max() <= 1.0 * 0.02 + 1e-9
+        assert np.max(body.values) <= 0.3
+
+        count = len(body.commands)
+        node.close()
+        until(lambda: len(body.commands) >= count + 3, "the final holds")
+        assert body.values[-3:] == [[0.3, 0.3]] * 3
+    finally:
+        node.close()
+        node.destroy_node()
+        other.destroy_node()
+        executor.shutdown()
+        rclpy.shutdown(context=context)
+
+
+OUTPUT = OutputParameters(
+    "message",
+    "/body/command",
+    (),
+    0.02,
+    "trajectory_msgs/msg/MultiDOFJointTrajectory",
+    FIELDS,
+    CONSTANTS,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"type_name": "acme_msgs/msg/LowCmd"}, "cannot be imported"),
+        ({"fields": {"lift": "points[0].none"}}, "has no field 'none'"),
+        ({"fields": {"lift": "points.transforms[0].rotation.x"}}, "say which of its entries"),
+        ({"fields": {"lift": "points[0].time_from_start.sec"}}, "would round a command"),
+        ({"constants": {FIELDS["lift"]: "1.0"}}, "is the field of 'lift'"),
+        ({"constants": {"points[0].time_from_start.sec": "0.5"}}, "cannot hold '0.5'"),
+        ({"constants": {"points[0].time_from_start.sec": "high"}}, "cannot hold 'high'"),
+        ({"constants": {"header.stamp": "1"}}, "which is no number"),
+    ],
+)
+def test_what_does_not_fit_the_message_is_refused_at_configure(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        CommandWriter(("lift", "yaw"), replace(OUTPUT, **changes))
+
+
+def test_a_state_message_without_a_joint_or_a_stamp() -> None:
+    lines = ["lift = translation.z"]
+    with pytest.raises(ConfigurationError, match="no field for yaw"):
+        MeasuredPositions("geometry_msgs/msg/Transform", lines, ["lift", "yaw"])
+    with pytest.raises(ConfigurationError, match="is for another message"):
+        MeasuredPositions("sensor_msgs/msg/JointState", lines, ["lift"])
+    reader = MeasuredPositions("geometry_msgs/msg/Transform", lines, ["lift"])
+    message = Transform(translation=Vector3(z=0.5))
+    # It counts from its arrival.
+    assert reader.read(message, 7) == (("lift",), [0.5], 7)
