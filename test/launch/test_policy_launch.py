@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -274,3 +275,37 @@ def test_launch_ends_when_its_node_dies(start: Start) -> None:
     os.kill(launched.node_process_id(), signal.SIGKILL)
     launched.process.wait(DEADLINE_S)
     assert "process has died" in launched.log.read_text()
+
+
+def test_the_demo_does_its_episode_and_ends_with_it(
+    start: Start, repository_root: Path, tmp_path: Path
+) -> None:
+    for library in ("mujoco", "torch", "transformers"):
+        pytest.importorskip(library, reason=f"the simulated robot and its policy need {library}")
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+    from offline_tools.training.shipped import POLICY_FOLDER
+
+    robot, results = repository_root / "config" / "simulated_arm.yaml", tmp_path / "results.jsonl"
+    bundle = tmp_path / "bundle"
+    write_bundle(
+        ExportOptions(
+            checkpoint=POLICY_FOLDER,
+            bundle=bundle,
+            robot=robot,
+            graphs="reference",
+            precision="fp32",
+        ),
+        report=lambda _: None,
+    )
+    arguments = (f"bundle:={bundle}", "stepped:=true", "episodes:=1", f"output:={results}")
+    launched = start(*arguments, file="demo.launch.py")
+    names = ["chunk_timeout_s", "channels"]
+    assert launched.parameters("/chunk_executor", names) == {
+        "chunk_timeout_s": 60.0,
+        "channels": ["arm", "gripper"],
+    }
+    assert launched.process.wait(5 * DEADLINE_S) == 0, launched.log.read_text()
+    (result,) = map(json.loads, results.read_text().splitlines())
+    assert result["success"], launched.log.read_text()
+    # Robot, executor and policy.
+    assert launched.log.read_text().count("process has finished cleanly") == 3
