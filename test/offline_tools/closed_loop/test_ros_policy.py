@@ -16,12 +16,10 @@ pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run"
 from groot_int8_ros.policy.types import Observation
 from offline_tools.closed_loop.ros_policy import NodePolicy, NodeSilentError
 from offline_tools.closed_loop.torch_policy import TorchPolicy
-from offline_tools.export.bundle_writer import ExportOptions, write_bundle
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.robot import by_key, degrees, robot_description
 from offline_tools.simulation.ros_messages import noisy
 from offline_tools.simulation.tasks import TASKS
-from offline_tools.training.shipped import POLICY_FOLDER
 
 
 def _observation(simulation: Tabletop, seed: int, stamp_ns: int) -> Observation:
@@ -50,27 +48,18 @@ def test_without_a_node_the_loop_says_what_to_start(
 def test_the_shipped_policy_in_the_node_answers_as_pytorch_does(
     simulation: Tabletop,
     policy: TorchPolicy,
+    bundle: Path,
     repository_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ROS_DOMAIN_ID", "93")
-    write_bundle(
-        ExportOptions(
-            checkpoint=POLICY_FOLDER,
-            bundle=tmp_path / "bundle",
-            robot=repository_root / "config" / "simulated_arm.yaml",
-            graphs="reference",
-            precision="fp32",
-        ),
-        report=lambda _: None,
-    )
     parameters = repository_root / "config" / "simulated_arm_node.yaml"
     with (tmp_path / "node.log").open("wb") as log:
         node = subprocess.Popen(
             [
                 *(sys.executable, "-m", "groot_int8_ros.policy_node", "--ros-args"),
-                *("--params-file", str(parameters), "-p", f"bundle:={tmp_path / 'bundle'}"),
+                *("--params-file", str(parameters), "-p", f"bundle:={bundle}"),
             ],
             stdout=log,
             stderr=log,

@@ -1,0 +1,133 @@
+"""Hazards of the live loop: a robot that stops in the middle of an episode, or is gone.
+
+Robot, policy node and executor are three processes over DDS, in real time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from rclpy.executors import SingleThreadedExecutor
+from trajectory_msgs.msg import JointTrajectory
+
+from offline_tools.evaluate.node_processes import NodeProcess, node_process
+from offline_tools.simulation.config_files import NODES, config_file
+from offline_tools.simulation.ros_messages import ARM_COMMAND_TOPIC, CHUNK_TOPIC
+
+DEADLINE_S = 120.0
+DOMAIN_ID = 1 + os.getpid() % 100
+
+
+class Listener:
+    """What the executor commands and says, and how many chunks the policy gives."""
+
+    def __init__(self, context: Any) -> None:
+        self.node = rclpy.create_node("listener", context=context)
+        self._executor = SingleThreadedExecutor(context=context)
+        self._executor.add_node(self.node)
+        self.commands: list[tuple[float, ...]] = []
+        self.chunks = 0
+        self.statuses: dict[str, str] = {}
+        for kind, topic, heard in (
+            (JointTrajectory, ARM_COMMAND_TOPIC, self._on_command),
+            (JointTrajectory, CHUNK_TOPIC, self._on_chunk),
+            (DiagnosticArray, "/diagnostics", self._on_diagnostics),
+        ):
+            self.node.create_subscription(kind, topic, heard, 100)
+
+    def _on_command(self, message: JointTrajectory) -> None:
+        self.commands.append(tuple(message.points[-1].positions))
+
+    def _on_chunk(self, _: JointTrajectory) -> None:
+        self.chunks += 1
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        self.statuses |= {status.name: status.message for status in message.status}
+
+    def until(self, met: Callable[[], bool], what: str) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not met():
+            assert time.monotonic() < end_s, f"not seen: {what}; {self.statuses}"
+            self._executor.spin_once(timeout_sec=0.1)
+
+    def until_it_works(self) -> None:
+        """Wait for new chunks and for commands that move."""
+        chunks, self.commands = self.chunks, []
+        self.until(
+            lambda: self.chunks > chunks + 1 and len(set(self.commands[-10:])) > 5,
+            "chunks and commands that move",
+        )
+
+    def until_it_holds(self) -> None:
+        """Wait until the executor says that the robot is silent, and stands still."""
+        self.statuses.clear()
+        stale = "joint state is stale"
+        self.until(
+            lambda: stale in self.statuses.get("chunk_executor: joint states", ""), "the silence"
+        )
+        self.commands = []
+        self.until(
+            lambda: len(self.commands) > 20 and len(set(self.commands[-20:])) == 1, "a hold"
+        )
+
+
+@pytest.fixture
+def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+    monkeypatch.setenv("ROS_DOMAIN_ID", str(DOMAIN_ID))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    context = rclpy.Context()
+    rclpy.init(context=context)
+    made = Listener(context)
+    yield made
+    made.node.destroy_node()
+    rclpy.shutdown(context=context)
+
+
+@pytest.mark.slow
+def test_a_robot_that_is_paused_or_gone_in_mid_episode_is_held_and_taken_up_again(
+    listener: Listener, bundle: Path, tmp_path: Path
+) -> None:
+    words = ["--ros-args", "--params-file", str(config_file(NODES))]
+    with contextlib.ExitStack() as running:
+
+        def start(name: str, *arguments: str) -> NodeProcess:
+            return running.enter_context(node_process(["-m", *arguments], tmp_path / name))
+
+        def start_robot(name: str, *more: str) -> NodeProcess:
+            # Episodes without end.
+            return start(name, "offline_tools.cli", "simulate", "--episodes", "10000", *more)
+
+        policy = start("policy", "groot_int8_ros.policy_node", *words, "-p", f"bundle:={bundle}")
+        executor = start("executor", "groot_int8_ros.chunk_executor_node", *words)
+        robot = start_robot("robot", "--enable")
+        listener.until_it_works()
+
+        os.kill(robot.pid, signal.SIGSTOP)
+        listener.until_it_holds()
+        chunks = listener.chunks
+        # The observations that there were have been answered.
+        listener.commands = []
+        listener.until(lambda: len(listener.commands) > 50, "commands that go on")
+        assert listener.chunks <= chunks + 1
+        os.kill(robot.pid, signal.SIGCONT)
+        listener.until_it_works()
+
+        os.kill(robot.pid, signal.SIGKILL)
+        listener.until_it_holds()
+        start_robot("another robot")
+        listener.until_it_works()
+        for node in (executor, policy):
+            node.check_running()
+            node.stop()
