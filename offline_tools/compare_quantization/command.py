@@ -192,7 +192,6 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
         dataset=args.dataset,
         precision="fp32",
         denoising_steps=args.denoising_steps,
-        instructions=() if args.dataset else (GENERATED_INSTRUCTION,),
         force=True,
     )
     processor = load_processor(args.checkpoint, args.embodiment)
@@ -204,7 +203,14 @@ def _models(args: argparse.Namespace, work: Path) -> Iterator[tuple[Model, _Sour
             edits = plan_variant(variant, config, tokens, args.seed)
             write_edited(args.checkpoint, checkpoint, edits)
         for family in args.graphs:
-            chosen = replace(options, checkpoint=checkpoint, graphs=family)
+            # Reference graphs take any instruction, and a dataset brings its own.
+            spoken = family == DEPLOYED and not args.dataset
+            chosen = replace(
+                options,
+                checkpoint=checkpoint,
+                graphs=family,
+                instructions=(GENERATED_INSTRUCTION,) if spoken else (),
+            )
             write_bundle(chosen, _silent)
             half = replace(chosen, bundle=work / "fp16", precision="fp16")
             write_bundle(half, _silent)

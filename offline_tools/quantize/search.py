@@ -53,7 +53,7 @@ _CLOSE = 1.05
 # A plan is not measured if its predicted error is so many times the best one's; measured errors
 # of plans of equal predicted error differ by a fifth.
 _HOPELESS = 1.5
-# The search stops at a plan that uses this share of the budget, and aims at a little more.
+# The search stops at a plan that uses this share of the budget, and a guess aims at a little more.
 _GOOD_SHARE, _AIM = 0.9, 0.95
 # How often a plan is checked on unseen observations at most: each check tells the search something
 # about them.
@@ -221,10 +221,10 @@ class _Search:
             self._share(chain[guess])
 
     def _strictness(self, choice: _Choice) -> float:
-        """Return what a check says of a plan over what the search says, and a little more."""
+        """Return what a check says of a plan over what the search says."""
         share = self._share(choice)
         checked = self.checked.get(_key(choice), share)
-        return checked / share / _AIM if 0.0 < share < math.inf and checked < math.inf else 1.0
+        return checked / share if 0.0 < share < math.inf and checked < math.inf else 1.0
 
     def _share(self, choice: _Choice) -> float:
         if _key(choice) not in self.measured:
