@@ -163,7 +163,6 @@ def test_a_scheme_without_a_graph_on_one_model_is_not_said_to_hold_on_all() -> N
 
 def test_a_scheme_that_refuses_a_model_does_not_end_the_comparison(
     minimal_checkpoint: Path,
-    tiny_dataset: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -172,9 +171,16 @@ def test_a_scheme_that_refuses_a_model_does_not_end_the_comparison(
         raise QuantizationError("nothing holds the budget")
 
     monkeypatch.setitem(SCHEMES, "auto", refuse)
+    # Without a dataset, as the recorded checkpoint is compared: generated observations.
+    robot = tmp_path / "robot.yaml"
+    robot.write_text(
+        "action_period_s: 0.05\n"
+        "cameras: {front: {width: 640, height: 480}, wrist: {width: 640, height: 480}}\n"
+    )
     code = _compare(
         tmp_path / "report",
-        *("--checkpoint", minimal_checkpoint, "--dataset", tiny_dataset, "--variants", "plain"),
+        *("--checkpoint", minimal_checkpoint, "--robot", robot, "--variants", "plain"),
+        *("--graphs", "reference"),
         *("--schemes", "auto", "static-max"),
         *("--calibration-samples", 2, "--evaluation-samples", 1, "--denoising-steps", 1),
     )
