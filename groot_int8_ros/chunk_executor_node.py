@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -82,7 +82,7 @@ class ChunkExecutorNode(ManagedNode):
         # A stop that was asked for before there is an executor holds for the one to come.
         self._early_estop: str | None = None
         self._node_parameters = ExecutorParameterSet(
-            self, lambda: self._control is not None, lambda names: None
+            self, lambda: self._control is not None, self._on_parameters
         )
         for name, action in (
             ("enable", self._enable),
@@ -184,6 +184,13 @@ class ChunkExecutorNode(ManagedNode):
         if self._control is not None:
             self._control.on_clock_jump()
             self.get_logger().warning("ROS time jumped; chunks from before it are dropped")
+
+    def _on_parameters(self, names: Collection[str]) -> None:
+        if self._control is not None:
+            # The parameter set lets only stricter values through.
+            self._control.tighten(
+                {name: getattr(self._node_parameters.current, name) for name in names}
+            )
 
     def _on_timer(self) -> None:
         self._step()

@@ -18,7 +18,9 @@ the chunk's watchdog, its rows and the first-command guard. What was judged is i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -106,6 +108,22 @@ class Executor:
         self._last_now_ns: int | None = None
         self._last_steady_ns: int | None = None
         self._plans_cleared: str | None = None
+
+    def tighten(self, changes: Mapping[str, Any]) -> None:
+        """Take other values of some settings, from the next step on.
+
+        Args:
+            changes: Names of `ExecutorSettings` to values. Only such as make the executor hold
+                sooner or ramp more slowly: what is commanded never jumps by them.
+
+        Raises:
+            ConfigurationError: A value lies outside its range; nothing was changed.
+        """
+        self.settings = settings = replace(self.settings, **changes)
+        for state in self._channels:
+            state.watchdog.timeout_s = settings.chunk_timeout_s
+        for watchdog in self._state_watchdogs:
+            watchdog.timeout_s = settings.joint_state_timeout_s
 
     @property
     def enabled(self) -> bool:

@@ -25,6 +25,10 @@ class Watchdog:
         """Longest silence, seconds."""
         return self._timeout_ns / NANOSECONDS
 
+    @timeout_s.setter
+    def timeout_s(self, timeout_s: float) -> None:
+        self._timeout_ns = round(timeout_s * NANOSECONDS)
+
     def feed(self, steady_ns: int) -> None:
         """Note that it was seen."""
         self._fed_ns = steady_ns

@@ -24,6 +24,9 @@ from groot_int8_ros.policy.types import (
     Int64Array,
 )
 
+# Of a range or of its bounds: what a committed row may lie beyond them and pass for rounding.
+_CLIPPED_PART = 1e-3
+
 
 def decode_actions(
     processor: Processor, action_pred: Float32Array, state: Mapping[str, ArrayLike]
@@ -105,13 +108,45 @@ def encode_actions(
     encoded = np.zeros((rows.size, processor.max_action_dim), np.float32)
     start = 0
     for key in processor.action_keys:
-        values = _physical(key, committed, rows.size)
-        if key.reference_state_key is not None:
-            reference = state_vector(state, key.reference_state_key, key.dim)
-            values = values - reference.astype(np.float64)
+        values = _offsets(key, committed, state, rows.size)
         encoded[:, start : start + key.dim] = _normalise(key, values, rows)
         start += key.dim
     return encoded
+
+
+def clipped_rows(
+    processor: Processor, committed: CommittedActions, state: Mapping[str, ArrayLike]
+) -> int:
+    """Count the committed rows that `encode_actions` clips, and by more than rounding.
+
+    Args:
+        processor: As for `encode_actions`, as the others.
+        committed: Likewise.
+        state: Likewise.
+
+    Raises:
+        ObservationError: As `encode_actions`.
+    """
+    rows = _rows(processor, committed)
+    clipped = np.zeros(rows.size, np.bool_)
+    for key in processor.action_keys:
+        if key.encoding == "mean_std":
+            continue
+        values = _offsets(key, committed, state, rows.size)
+        low, high = _of_rows(key.low, rows), _of_rows(key.high, rows)
+        slack = _CLIPPED_PART * np.maximum(high - low, np.maximum(np.abs(low), np.abs(high)))
+        clipped |= ((values < low - slack) | (values > high + slack)).any(axis=1)
+    return int(clipped.sum())
+
+
+def _offsets(
+    key: ActionKey, committed: CommittedActions, state: Mapping[str, ArrayLike], rows: int
+) -> Float64Array:
+    values = _physical(key, committed, rows)
+    if key.reference_state_key is None:
+        return values
+    reference = state_vector(state, key.reference_state_key, key.dim)
+    return values - reference.astype(np.float64)
 
 
 def _rows(processor: Processor, committed: CommittedActions) -> Int64Array:

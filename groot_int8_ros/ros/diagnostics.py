@@ -79,16 +79,18 @@ class Pace:
         chunk_s: From a chunk's observation to its last row.
         latency_s: From the start of an inference to its chunk.
         age_s: Of an observation when its inference starts.
+        period_s: Least time between the starts of two inferences, `inference_rate_hz`.
     """
 
     chunk_s: float
     latency_s: float
     age_s: float
+    period_s: float
 
     @property
     def needed_s(self) -> float:
-        """How long a chunk must last: the next one is there two latencies after its start."""
-        return 2 * self.latency_s + self.age_s
+        """How long a chunk must last: until the inference that begins after it has answered."""
+        return max(self.latency_s, self.period_s) + self.latency_s + self.age_s
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,8 @@ class InferenceReport:
         busy_s: How long the inference under way has taken, or None if there is none.
         committed_rows: Committed rows of the newest chunk.
         committed_chunks: Chunks with committed rows.
+        clipped_rows: Committed rows of the newest chunk that were clipped.
+        clipped_chunks: Chunks with such rows.
         commitments_unread: Commitments that could not be used.
         commitment_fault: Why the newest could not, or None.
         pace: None before the first chunk.
@@ -121,6 +125,8 @@ class InferenceReport:
     busy_s: float | None = None
     committed_rows: int = 0
     committed_chunks: int = 0
+    clipped_rows: int = 0
+    clipped_chunks: int = 0
     commitments_unread: int = 0
     commitment_fault: str | None = None
     pace: Pace | None = None
@@ -148,8 +154,9 @@ class InferenceRecord:
         self._histograms: defaultdict[str, Counter[float]] = defaultdict(Counter)
         self._busy_since_s: float | None = None
         self._committed_rows = self._committed_chunks = self._commitments_unread = 0
+        self._clipped_rows = self._clipped_chunks = 0
         self._commitment_fault: str | None = None
-        self._chunk_s = 0.0
+        self._chunk_s = self._period_s = 0.0
         # The worker's own warm-up is not among them.
         self._latency = LatencyEstimate(LatencySettings(warm_up=0))
         self._age = LatencyEstimate(LatencySettings(warm_up=0))
@@ -211,18 +218,21 @@ class InferenceRecord:
             self._commitment_fault = fault
             self._commitments_unread += fault is not None
 
-    def paced(self, chunk_s: float, latency_s: float, age_s: float) -> None:
+    def paced(self, chunk_s: float, latency_s: float, age_s: float, period_s: float) -> None:
         """Note how long a chunk lasts and took; see `Pace`."""
         with self._lock:
-            self._chunk_s = chunk_s
+            self._chunk_s, self._period_s = chunk_s, period_s
             self._latency.add(latency_s)
             self._age.add(max(0.0, age_s))
 
-    def published(self, timings_s: Mapping[str, float], committed_rows: int = 0) -> None:
-        """Count a chunk."""
+    def published(
+        self, timings_s: Mapping[str, float], committed_rows: int = 0, clipped_rows: int = 0
+    ) -> None:
+        """Count a chunk, and of its committed rows those that were clipped."""
         with self._lock:
-            self._committed_rows = committed_rows
+            self._committed_rows, self._clipped_rows = committed_rows, clipped_rows
             self._committed_chunks += committed_rows > 0
+            self._clipped_chunks += clipped_rows > 0
             self._state = "running"
             self._hold = None
             self._chunks += 1
@@ -258,12 +268,14 @@ class InferenceRecord:
                 ),
                 committed_rows=self._committed_rows,
                 committed_chunks=self._committed_chunks,
+                clipped_rows=self._clipped_rows,
+                clipped_chunks=self._clipped_chunks,
                 commitments_unread=self._commitments_unread,
                 commitment_fault=self._commitment_fault,
                 pace=(
                     None
                     if latency_s is None or age_s is None
-                    else Pace(self._chunk_s, latency_s, age_s)
+                    else Pace(self._chunk_s, latency_s, age_s, self._period_s)
                 ),
             )
 
@@ -417,10 +429,20 @@ def _commitment(report: NodeReport) -> DiagnosticStatus:
         "topic": report.committed_topic,
         "rows committed, newest chunk": inference.committed_rows,
         "chunks with committed rows": inference.committed_chunks,
+        "rows clipped, newest chunk": inference.clipped_rows,
+        "chunks with clipped rows": inference.clipped_chunks,
         "commitments not used": inference.commitments_unread,
     }
     if inference.commitment_fault:
         message = f"not used, chunks are computed freely: {inference.commitment_fault}"
+        return status_message("commitment", WARN, message, values)
+    if inference.clipped_rows:
+        message = (
+            f"{inference.clipped_rows} of {inference.committed_rows} committed rows lie beyond "
+            "what the checkpoint can express for them and were clipped: the chunk does not begin "
+            "as committed. The arm trails behind its commands, or the seam is none for this "
+            "checkpoint"
+        )
         return status_message("commitment", WARN, message, values)
     if not report.committed_topic:
         message = "off: chunks are computed freely"
@@ -438,13 +460,24 @@ def _pace(pace: Pace | None) -> DiagnosticStatus:
         "chunk s": f"{pace.chunk_s:.3f}",
         "latency s": f"{pace.latency_s:.3f}",
         "observation age s": f"{pace.age_s:.3f}",
+        "inference period s": f"{pace.period_s:.3f}",
         "needed s": f"{pace.needed_s:.3f}",
     }
     if pace.chunk_s >= pace.needed_s:
         return status_message("chunk length", OK, "long enough", values)
+    if pace.period_s > pace.latency_s:
+        until = (
+            "the inference period, a latency and the observation's age, "
+            f"{pace.period_s:.3f} + {pace.latency_s:.3f} + {pace.age_s:.3f}"
+        )
+        advice = "Raise inference_rate_hz, or export with more rows"
+    else:
+        until = (
+            f"two latencies and the observation's age, 2 x {pace.latency_s:.3f} + {pace.age_s:.3f}"
+        )
+        advice = "Make the policy faster, or export with more rows"
     message = (
-        f"chunks last {pace.chunk_s:.3f} s, less than two latencies and the observation's age, "
-        f"2 x {pace.latency_s:.3f} + {pace.age_s:.3f} = {pace.needed_s:.3f} s: the executor runs "
-        "out of rows and holds. Make the policy faster, or export with more rows"
+        f"chunks last {pace.chunk_s:.3f} s, less than {until} = {pace.needed_s:.3f} s: the "
+        f"executor runs out of rows and holds. {advice}"
     )
     return status_message("chunk length", WARN, message, values)

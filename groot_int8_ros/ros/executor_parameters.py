@@ -43,6 +43,15 @@ Output = Literal["joint_trajectory", "float64_multi_array", "twist", "twist_stam
 OUTPUTS: tuple[Output, ...] = get_args(Output)
 TWIST_AXES = ("linear.x", "linear.y", "linear.z", "angular.x", "angular.y", "angular.z")
 
+
+def _lower(old: float, new: float) -> bool:
+    return new <= old
+
+
+def _refuses(old: str, new: str) -> bool:
+    return new in (old, "refuse")
+
+
 EXECUTOR_PARAMETERS: Mapping[str, Declaration] = {
     "channels": Declaration([""], "Names of the channels, each with its channel.<name>.* values."),
     "chunk_topic": Declaration(
@@ -95,36 +104,63 @@ EXECUTOR_PARAMETERS: Mapping[str, Declaration] = {
         3.0, "A latency counts as at most this many medians.", low=1.0, high=1000.0
     ),
     "chunk_timeout_s": Declaration(
-        1.0, "A channel without a new chunk for longer holds.", low=0.01, high=3600.0
+        1.0,
+        "A channel without a new chunk for longer holds.",
+        low=0.01,
+        high=3600.0,
+        stricter=_lower,
     ),
     "joint_state_timeout_s": Declaration(
-        0.2, "Without a new state of a joint for longer, everything holds.", low=0.001, high=60.0
+        0.2,
+        "Without a new state of a joint for longer, everything holds.",
+        low=0.001,
+        high=60.0,
+        stricter=_lower,
     ),
     "max_chunk_age_s": Declaration(
-        2.0, "A chunk whose observation is older on arrival is refused.", low=0.01, high=3600.0
+        2.0,
+        "A chunk whose observation is older on arrival is refused.",
+        low=0.01,
+        high=3600.0,
+        stricter=_lower,
     ),
     "max_chunk_ahead_s": Declaration(
-        0.1, "A chunk or state stamped further in the future is refused.", low=0.0, high=60.0
+        0.1,
+        "A chunk or state stamped further in the future is refused.",
+        low=0.0,
+        high=60.0,
+        stricter=_lower,
     ),
     "lead_s": Declaration(
         0.0, "How much earlier than due targets are commanded.", low=0.0, high=1.0
     ),
     "first_command": Declaration(
-        "ramp", "What happens with a first command that is far away.", choices=FIRST_COMMANDS
+        "ramp",
+        "What happens with a first command that is far away.",
+        choices=FIRST_COMMANDS,
+        stricter=_refuses,
     ),
     "ramp_fraction": Declaration(
-        0.2, "Part of the top speed that a ramp uses.", low=0.001, high=1.0
+        0.2, "Part of the top speed that a ramp uses.", low=0.001, high=1.0, stricter=_lower
     ),
     "on_outside": Declaration(
-        "refuse", "What happens with chunks outside the statistics.", choices=ON_OUTSIDE
+        "refuse",
+        "What happens with chunks outside the statistics.",
+        choices=ON_OUTSIDE,
+        stricter=_refuses,
     ),
     "on_outside_state": Declaration(
-        "refuse", "The same for measured poses; refuse holds.", choices=ON_OUTSIDE
+        "refuse",
+        "The same for measured poses; refuse holds.",
+        choices=ON_OUTSIDE,
+        stricter=_refuses,
     ),
     "statistics_margin": Declaration(
         0.1, "How far outside a value may lie, as a part of its range.", low=0.0, high=100.0
     ),
-    "hold_together": Declaration(True, "Whether all channels hold when one does."),
+    "hold_together": Declaration(
+        True, "Whether all channels hold when one does.", stricter=lambda old, new: new or not old
+    ),
     "final_holds": Declaration(3, "Commands at rest before commanding ends.", low=1, high=1000),
     "stop_timeout_s": Declaration(
         2.0, "Longest that a stop at deactivate or at a signal may take.", low=0.1, high=60.0

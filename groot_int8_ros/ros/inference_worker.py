@@ -24,6 +24,7 @@ from typing import Protocol
 
 from groot_int8_ros.errors import FrozenImageError, GrootError, ObservationError
 from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.postprocess import clipped_rows
 from groot_int8_ros.policy.types import ActionChunk, CommittedActions, Observation
 from groot_int8_ros.ros.diagnostics import InferenceRecord
 from groot_int8_ros.ros.instruction_gate import InstructionGate
@@ -235,6 +236,10 @@ class InferenceWorker:
         observation = self._host.read(snapshot, instruction)
         read_s = time.perf_counter() - started_s
         committed = self._committed(snapshot)
+        rows = len(committed.rows) if committed else 0
+        clipped = (
+            clipped_rows(self._policy.processor, committed, observation.state) if committed else 0
+        )
         chunk = self._policy.infer(observation, seed=seed, committed=committed)
         timings_s = {"wait": wait_s, "read": read_s, **chunk.timings_s}
         chunk = dataclasses.replace(chunk, timings_s=timings_s)
@@ -247,8 +252,13 @@ class InferenceWorker:
                 return Hold(OVERTAKEN, "time jumped back while the policy ran")
             self._host.publish(chunk, snapshot, instruction, self._record.chunks)
             latency_s = time.perf_counter() - started_s
-            self._record.published(chunk.timings_s, len(committed.rows) if committed else 0)
-            self._record.paced(float(chunk.time_from_start_s[-1]), latency_s, age_s)
+            self._record.published(chunk.timings_s, rows, clipped)
+            self._record.paced(
+                float(chunk.time_from_start_s[-1]),
+                latency_s,
+                age_s,
+                1.0 / self._host.parameters().inference_rate_hz,
+            )
         return None
 
     def _committed(self, snapshot: Snapshot) -> CommittedActions | None:

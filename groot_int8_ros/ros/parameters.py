@@ -154,6 +154,8 @@ class Declaration:
         is_topic: Whether the value must be a topic name.
         optional: Whether it may be empty instead.
         live: Whether it may change while the node is configured.
+        stricter: Whether a change from one value to another only makes the node more careful:
+            such a change is taken while it is configured, any other is refused.
         read_only: Whether it can only be set at start.
     """
 
@@ -165,6 +167,7 @@ class Declaration:
     is_topic: bool = False
     optional: bool = False
     live: bool = False
+    stricter: Callable[[Any, Any], bool] | None = None
     read_only: bool = False
 
 
@@ -360,12 +363,8 @@ class ParameterSet(Generic[P]):
         for change in changes:
             declaration = self._declarations.get(change.name)
             fixed = not declaration.live if declaration else change.name.startswith(self.prefixes)
-            if configured and fixed:
-                return SetParametersResult(
-                    successful=False,
-                    reason=f"'{change.name}' takes effect when the node is configured: run the "
-                    "transitions deactivate and cleanup, set it, then configure",
-                )
+            if configured and fixed and (reason := self._too_late(change, declaration)):
+                return SetParametersResult(successful=False, reason=reason)
             if declaration:
                 fault = _fault(declaration, change.name, change.value)
                 if fault:
@@ -374,6 +373,19 @@ class ParameterSet(Generic[P]):
         self.current = dataclasses.replace(self.current, **updates)
         self._changed(updates.keys())
         return SetParametersResult(successful=True)
+
+    def _too_late(self, change: Parameter[Any], declaration: Declaration | None) -> str | None:
+        otherwise = "run the transitions deactivate and cleanup, set it, then configure"
+        if declaration is None or declaration.stricter is None:
+            return f"'{change.name}' takes effect when the node is configured: {otherwise}"
+        now = getattr(self.current, _field(change.name))
+        # A value of another type is for rclpy to refuse.
+        if type(change.value) is not type(now) or declaration.stricter(now, change.value):
+            return None
+        return (
+            f"'{change.name}' can only be made stricter than {now!r} while the node is "
+            f"configured, not {change.value!r}; otherwise {otherwise}"
+        )
 
     def _camera(self, camera: CameraSpec) -> CameraParameters:
         prefix = f"cameras.{camera.key}"

@@ -263,6 +263,18 @@ def test_a_stalled_policy_is_a_hold_before_its_rows_are_over(make_bench: MakeBen
     assert holds(bench) == reasons.STALLED
 
 
+def test_stricter_settings_count_from_the_next_step_and_wrong_ones_change_nothing(
+    make_bench: MakeBench,
+) -> None:
+    bench = running(make_bench, 1.0)
+    bench.executor.tighten({"chunk_timeout_s": 0.06})
+    bench.step(5)
+    assert holds(bench) == reasons.STALLED
+    with pytest.raises(ConfigurationError):
+        bench.executor.tighten({"joint_state_timeout_s": -1.0})
+    assert bench.executor.settings.chunk_timeout_s == 0.06
+
+
 def test_rows_that_run_out_are_a_hold_and_are_counted(make_bench: MakeBench) -> None:
     bench = make_bench()
     bench.enable()

@@ -11,6 +11,7 @@ import pytest
 
 from groot_int8_ros.errors import EngineError, ObservationError
 from groot_int8_ros.policy.postprocess import (
+    clipped_rows,
     decode_actions,
     decode_actions_float64,
     encode_actions,
@@ -218,6 +219,7 @@ def test_encoding_is_the_inverse_of_decoding_row_by_row(rows: list[int]) -> None
     # Targets near 200 are exact to 8e-6, and the first step's range is 2.
     np.testing.assert_allclose(encoded[:, :5], pred[rows][:, :5], atol=2e-5)
     assert not encoded[:, 5:].any()
+    assert clipped_rows(processor, _committed(processor, rows, pred), STATE) == 0
 
 
 def test_committed_rows_are_taken_relative_to_the_new_observation() -> None:
@@ -236,6 +238,9 @@ def test_what_the_network_cannot_say_is_clipped_to_what_it_can() -> None:
     committed = CommittedActions([0, 1], {"hand": np.array([[50.0], [-50.0]], np.float32)})
     encoded = encode_actions(_processor(ABSOLUTE), committed, {})
     assert encoded[:, 0].tolist() == [1, -1]
+    assert clipped_rows(_processor(ABSOLUTE), committed, {}) == 2
+    inside = CommittedActions([0, 1], {"hand": np.array([[20.0], [0.0]], np.float32)})
+    assert clipped_rows(_processor(ABSOLUTE), inside, {}) == 1
 
 
 def test_joint_that_never_moved_is_encoded_as_nothing_and_decodes_to_itself() -> None:

@@ -128,13 +128,38 @@ def test_chunks_that_end_before_the_next_one_can_be_there_are_told_with_the_numb
     record = InferenceRecord()
     record.published({})
     # Just long enough: 2 x 0.2 + 0.1.
-    record.paced(0.501, 0.2, 0.1)
+    record.paced(0.501, 0.2, 0.1, 0.2)
     assert statuses(record)["chunk length"].level == DiagnosticStatus.OK
-    record.paced(0.499, 0.2, 0.1)
+    record.paced(0.499, 0.2, 0.1, 0.2)
     status = statuses(record)["chunk length"]
     assert status.level == DiagnosticStatus.WARN
     assert "2 x 0.200 + 0.100 = 0.500 s" in status.message
     assert "0.499 s" in status.message
+
+
+def test_chunks_too_short_for_a_low_inference_rate_are_told_to_raise_it() -> None:
+    record = InferenceRecord()
+    record.published({})
+    # A policy of 20 ms that may run twice a second: 0.5 + 0.02 + 0.1.
+    record.paced(0.621, 0.02, 0.1, 0.5)
+    assert statuses(record)["chunk length"].level == DiagnosticStatus.OK
+    record.paced(0.619, 0.02, 0.1, 0.5)
+    status = statuses(record)["chunk length"]
+    assert status.level == DiagnosticStatus.WARN
+    assert "0.500 + 0.020 + 0.100 = 0.620 s" in status.message
+    assert "Raise inference_rate_hz" in status.message
+
+
+def test_committed_rows_that_were_clipped_are_counted_and_told() -> None:
+    record = InferenceRecord()
+    record.published({}, 5, 2)
+    status = statuses(record)["commitment"]
+    assert status.level == DiagnosticStatus.WARN
+    assert "2 of 5 committed rows" in status.message
+    record.published({}, 5, 0)
+    status = statuses(record)["commitment"]
+    assert status.level == DiagnosticStatus.OK
+    assert values(status)["chunks with clipped rows"] == "1"
 
 
 def test_a_commitment_that_cannot_be_used_is_named_until_one_can() -> None:

@@ -218,3 +218,51 @@ def test_a_commitment_survives_its_message() -> None:
     assert read.joint_names == made.joint_names
     np.testing.assert_array_equal(read.due_ns, made.due_ns)
     np.testing.assert_array_equal(read.targets, made.targets)
+
+
+@pytest.mark.parametrize(
+    ("name", "stricter", "looser"),
+    [
+        ("chunk_timeout_s", 0.5, 1.5),
+        ("joint_state_timeout_s", 0.1, 0.3),
+        ("max_chunk_age_s", 1.0, 3.0),
+        ("max_chunk_ahead_s", 0.05, 0.2),
+        ("ramp_fraction", 0.1, 0.5),
+        ("first_command", "refuse", "ramp"),
+        ("on_outside", "refuse", "ignore"),
+        ("on_outside_state", "refuse", "ignore"),
+        ("hold_together", True, False),
+    ],
+)
+def test_while_configured_a_parameter_only_becomes_stricter(
+    make: Make, name: str, stricter: object, looser: object
+) -> None:
+    parameters = make()
+    changed: list[str] = []
+    parameters._is_configured = lambda: True
+    parameters._changed = changed.extend
+
+    def put(value: object) -> tuple[bool, str]:
+        result = parameters._node.set_parameters([Parameter(name, value=value)])[0]
+        return result.successful, result.reason
+
+    assert put(stricter) == (True, "")
+    assert changed == [name]
+    assert getattr(parameters.current, name) == stricter
+    taken, reason = put(looser)
+    assert not taken
+    assert f"'{name}' can only be made stricter" in reason
+    assert getattr(parameters.current, name) == stricter
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("lead_s", 0.0), ("seam.blend_s", 0.1), ("stop_timeout_s", 1.0)]
+)
+def test_what_could_make_a_command_jump_waits_for_the_next_configure(
+    make: Make, name: str, value: object
+) -> None:
+    parameters = make()
+    parameters._is_configured = lambda: True
+    result = parameters._node.set_parameters([Parameter(name, value=value)])[0]
+    assert not result.successful
+    assert "takes effect when the node is configured" in result.reason
