@@ -135,6 +135,7 @@ setup(
         (f"share/{PACKAGE}", ["package.xml"]),
         (f"share/{PACKAGE}/launch", files("launch", "*.py")),
         (f"share/{PACKAGE}/config", files("config", "*.yaml")),
+        (f"share/{PACKAGE}/config/sros2", files("config/sros2", "*.xml")),
     ],
     zip_safe=False,
     install_requires=CORE,
