@@ -31,7 +31,7 @@ help:
 	@echo "make demo    the shipped policy in INT8 moves the simulated robot (options: DEMO_ARGS)"
 	@echo "make test    format, lint, types and tests (options of pytest: PYTEST_ARGS)"
 	@echo "make setup   make .venv, or bring it up to date; demo and test do it themselves"
-	@echo "make faults  the long form of the fault matrix: 50 signals at random moments"
+	@echo "make faults  the long form of the fault matrix: 66 signals at random moments"
 	@echo "make soak    both nodes for 30 minutes at full camera load (options: SOAK_ARGS)"
 	@echo "make fuzz    the long form of the malformed files: 2000 of each kind, other ones each time"
 	@echo "make format  rewrite the code in the project's format"

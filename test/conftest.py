@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
@@ -194,6 +195,35 @@ def reseal() -> Callable[[Path], None]:
         manifest.write_text(json.dumps(content))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def slow_rows(
+    write_small_deployed: Callable[..., Path],
+    tiny_bundle: Path,
+    reseal: Callable[[Path], None],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """As the small bundle, for tests in real time on a busy machine. Tests only read it.
+
+    Chunks last 1.6 s, frames are small, and each row can express what the others can: from -1 to 1
+    around the state.
+    """
+    like = Path(shutil.copytree(tiny_bundle, tmp_path_factory.mktemp("slow") / "like"))
+    content = json.loads((like / "manifest.json").read_text())
+    content["robot"]["action_period_s"] = 0.1
+    for camera in content["robot"]["cameras"].values():
+        camera |= {"width": 128, "height": 96}
+    (like / "manifest.json").write_text(json.dumps(content))
+    file = like / "statistics.json"
+    (statistics,) = (tree := json.loads(file.read_text())).values()
+    for modality in ("action", "relative_action"):
+        for numbers in statistics[modality].values():
+            for name, value in (("min", -1.0), ("q01", -1.0), ("max", 1.0), ("q99", 1.0)):
+                numbers[name] = np.full_like(numbers[name], value).tolist()
+    file.write_text(json.dumps(tree))
+    reseal(like)
+    return write_small_deployed(like.with_name("bundle"), like)
 
 
 @pytest.fixture(scope="session")

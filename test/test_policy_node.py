@@ -276,6 +276,14 @@ class Robot:
             if stamp_ns(chunk.header) in by_stamp
         ]
 
+    def settle(self) -> None:
+        """Forget everything, what was on its way already too."""
+        counts = [-1]
+        while counts[-1] != len(self.chunks):
+            counts.append(len(self.chunks))
+            self.spin(PUBLISH_PERIOD_S)
+        self.forget()
+
     def forget(self) -> None:
         self.chunks.clear()
         self.infos.clear()
@@ -343,6 +351,8 @@ def robot_parameters(policy: Policy, bundle: Path) -> dict[str, object]:
         "inference_rate_hz": 20.0,
         "max_observation_age_s": 5.0,
         "max_observation_skew_s": 5.0,
+        # On a busy machine frames get lost, which is not what is looked at here.
+        "sensor_qos": {"reliability": "reliable"},
         "autostart": True,
         "cameras": cameras,
     } | {
@@ -455,7 +465,7 @@ def test_unusable_input_is_held_named_and_recovered_from(
             partial(robot.observe, **fault),
         )
         # Once the fault is told, nothing may come out of it.
-        robot.forget()
+        robot.settle()
         for _ in range(3):
             robot.observe(**fault)
             robot.spin(PUBLISH_PERIOD_S)
@@ -563,7 +573,7 @@ def test_camera_that_stamps_the_same_picture_again_is_held_named_and_recovered_f
     robot.until(partial(robot.says, name, "^frozen"), "status of the camera", freeze)
     counts = robot.values("inference")
     assert int(counts["holds: frozen"]) >= 1
-    robot.forget()
+    robot.settle()
     for _ in range(3):
         freeze()
         robot.spin(PUBLISH_PERIOD_S)
@@ -597,7 +607,7 @@ def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(
         robot.until(
             lambda: "holding: instruction" in robot.status("inference"), "hold", robot.observe
         )
-        robot.forget()
+        robot.settle()
         for _ in range(3):
             robot.observe()
             robot.spin(PUBLISH_PERIOD_S)
@@ -696,7 +706,8 @@ def test_camera_of_another_size_and_costly_graphs_are_told_at_configure(
         )
 
     request = ChangeState.Request(transition=Transition(id=Transition.TRANSITION_CONFIGURE))
-    for _ in range(5):
+    end = time.monotonic() + DEADLINE_S
+    while True:
         future = robot._change.call_async(request)
         robot.until(
             future.done,
@@ -708,8 +719,8 @@ def test_camera_of_another_size_and_costly_graphs_are_told_at_configure(
         if told():
             break
         # On a busy machine no frame may have come within the moment that is waited for.
+        assert time.monotonic() < end
         assert robot.change(Transition.TRANSITION_CLEANUP)
-    assert told()
     assert "every chunk takes 8 runs of graphs instead of 2" in node.text()
 
 
@@ -791,8 +802,7 @@ def test_transitions_can_be_retried_and_publish_only_while_active(
             assert robot.change(Transition.TRANSITION_ACTIVATE)
             robot.until(lambda: robot.pairs(), "a chunk while active", robot.observe)
             assert robot.change(Transition.TRANSITION_DEACTIVATE)
-            robot.spin(PUBLISH_PERIOD_S)  # what was on its way before the answer
-            robot.forget()
+            robot.settle()
             for _ in range(5):
                 robot.observe()
                 robot.spin(PUBLISH_PERIOD_S)

@@ -40,15 +40,15 @@ from groot_int8_ros.policy.types import CommittedActions, Observation
 from groot_int8_ros.ros.executor_messages import commitment_of
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
-DEADLINE_S = 60.0
+DEADLINE_S = 120.0
 ASK_AGAIN_S = 2.0
 FRAME_S = 0.05
 DOMAIN_ID = 1 + os.getpid() % 100
 INSTRUCTION = "pick up the cube"
-# Chunks of 1.6 s, so that even a busy machine is in time.
-ROW_S = 0.1
-# Where every joint stands, and how far actions go.
-POSE, RANGE = 0.1, 1.0
+# Of the bundle `slow_rows`.
+ROW_S, RANGE = 0.1, 1.0
+# Where every joint stands.
+POSE = 0.1
 SPEED, CONTROL_S, REACH = 2.0, 0.02, 3.0
 
 
@@ -74,10 +74,10 @@ class Robot:
         self._states = node.create_publisher(JointState, "/joint_states", 10)
         self._enable: Any = node.create_client(Trigger, "/chunk_executor/enable")
         hear: Callable[..., Any] = node.create_subscription
-        hear(JointTrajectory, "/policy_node/action_chunk", self._on_chunk, 50)
-        hear(String, "/policy_node/chunk_info", self._on_info, 50)
-        hear(JointTrajectory, "/chunk_executor/committed", self.commitments.append, 50)
-        hear(JointTrajectory, "/test/arm", self._on_command, 200)
+        hear(JointTrajectory, "/policy_node/action_chunk", self._on_chunk, 200)
+        hear(String, "/policy_node/chunk_info", self._on_info, 200)
+        hear(JointTrajectory, "/chunk_executor/committed", self.commitments.append, 1000)
+        hear(JointTrajectory, "/test/arm", self._on_command, 1000)
         hear(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
 
     def _on_chunk(self, message: JointTrajectory) -> None:
@@ -191,24 +191,6 @@ class Robot:
 
 
 @pytest.fixture
-def slow_rows(small_copy: Path, reseal: Callable[[Path], None]) -> Path:
-    """The small bundle with rows far apart, each of which can express what the others can."""
-    manifest = small_copy / "manifest.json"
-    content = json.loads(manifest.read_text())
-    content["robot"]["action_period_s"] = ROW_S
-    manifest.write_text(json.dumps(content))
-    file = small_copy / "statistics.json"
-    (statistics,) = (tree := json.loads(file.read_text())).values()
-    for modality in ("action", "relative_action"):
-        for numbers in statistics[modality].values():
-            for name, value in (("min", -RANGE), ("q01", -RANGE), ("max", RANGE), ("q99", RANGE)):
-                numbers[name] = np.full_like(numbers[name], value).tolist()
-    file.write_text(json.dumps(tree))
-    reseal(small_copy)
-    return small_copy
-
-
-@pytest.fixture
 def robot(slow_rows: Path) -> Iterator[Robot]:
     policy = Policy.load(slow_rows, threads=1)
     context = Context()
@@ -283,6 +265,8 @@ def test_a_chunk_begins_with_what_the_executor_had_committed_and_a_dead_policy_e
         inference_rate_hz=4.0,
         max_observation_age_s=2.0,
         max_observation_skew_s=1.0,
+        # On a busy machine frames get lost, which is not what is looked at here.
+        sensor_qos={"reliability": "reliable"},
         autostart=True,
     )
     robot.enable()
@@ -291,7 +275,7 @@ def test_a_chunk_begins_with_what_the_executor_had_committed_and_a_dead_policy_e
         lambda: robot.says("policy_node: commitment", "begins with what"),
         "the commitment's status",
     )
-    assert robot.says("policy_node: chunk length", "long enough")
+    robot.until(lambda: robot.says("policy_node: chunk length", "long enough"), "chunks that last")
 
     low, high = robot.bounds()
     for stamp in robot.committed():

@@ -5,11 +5,14 @@ not import rclpy.
 
 Lifecycle: used from one thread, the inference worker's. While a prefix is being computed the
 policy goes without a task: the old instruction is never answered in its place. A new instruction
-ends the computation of the one before, whether it is known or not.
+ends the computation of the one before, whether it is known or not. Where unknown instructions come
+one upon another, the newest waits a moment: a flood of them must not become one of processes.
 """
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -19,6 +22,9 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.prefix_model import PrefixProcess
 from groot_int8_ros.policy.prompt_bank import PromptPrefix
 from groot_int8_ros.ros.diagnostics import InstructionCheck
+
+# From the start of one computation to the next. A prefix takes seconds.
+_START_PERIOD_S = 0.5
 
 
 class Computation(Protocol):
@@ -42,6 +48,7 @@ class InstructionGate:
         policy: Used from the caller's thread.
         tell: Called with what a person may want to know in the log.
         start: Starts a computation for a bundle's folder and an instruction.
+        clock: Steady time in seconds.
     """
 
     def __init__(
@@ -49,10 +56,13 @@ class InstructionGate:
         policy: Policy,
         tell: Callable[[str], object],
         start: Callable[[Path, str], Computation] = PrefixProcess,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._policy = policy
         self._tell = tell
         self._start = start
+        self._clock = clock
+        self._started_s = -math.inf
         self._check = InstructionCheck(None)
         self._computation: Computation | None = None
 
@@ -63,6 +73,8 @@ class InstructionGate:
             self._check = self._judge(instruction)
         elif self._computation is not None:
             self._check = self._wait(instruction, self._computation)
+        elif self._check.pending:
+            self._check = self._begin(instruction)
         return self._check
 
     def close(self) -> None:
@@ -78,12 +90,23 @@ class InstructionGate:
         except UnknownInstructionError as error:
             if not self._policy.manifest.has_prefix_model:
                 return InstructionCheck(instruction, str(error))
-            self._computation = self._start(self._policy.folder, instruction)
-            self._tell(f"the prefix of {instruction!r:.200} is being computed on the CPU")
-            return self._wait(instruction, self._computation)
+            return self._begin(instruction)
         except ObservationError as error:
             return InstructionCheck(instruction, str(error))
         return InstructionCheck(instruction)
+
+    def _begin(self, instruction: str) -> InstructionCheck:
+        if self._clock() - self._started_s < _START_PERIOD_S:
+            return InstructionCheck(
+                instruction,
+                "its prefix is not in the bundle and will be computed on the CPU, unless another "
+                "instruction comes as quickly as this one did",
+                pending=True,
+            )
+        self._started_s = self._clock()
+        self._computation = self._start(self._policy.folder, instruction)
+        self._tell(f"the prefix of {instruction!r:.200} is being computed on the CPU")
+        return self._wait(instruction, self._computation)
 
     def _wait(self, instruction: str, computation: Computation) -> InstructionCheck:
         try:

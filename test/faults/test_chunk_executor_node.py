@@ -13,31 +13,22 @@ from __future__ import annotations
 import math
 import os
 import random
-import re
 import signal
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Twist
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState, GetState
-from rcl_interfaces.srv import SetParameters
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
-from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import JointState
 from std_msgs.msg import Float64MultiArray
@@ -49,13 +40,9 @@ from groot_int8_ros.ros.committed_rows import CommittedReader
 from groot_int8_ros.ros.joints import time_message
 
 from .policy_peer import LATENCY_NS, chunk, wave
+from .system import DEADLINE_S, DOMAIN_ID, Listener, Processes
 
-DEADLINE_S = 120.0
-DOMAIN_ID = 1 + os.getpid() % 100
 ROUNDS = int(os.environ.get("GROOT_FAULT_ROUNDS", "3"))
-# Twentieths of a second without a command after which none is to come.
-SILENT_SPINS = 6
-PEER = Path(__file__).with_name("policy_peer.py")
 
 UPPER, SPEED, ACCELERATION, PERIOD_S = 0.5, 1.0, 10.0, 0.02
 PARAMETERS: dict[str, Any] = {
@@ -96,33 +83,22 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-class Robot:
+class Robot(Listener):
     """The other side of the executor: joints that do what they are told, and a listener."""
 
     def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
-        self.node = node
-        self._executor = executor
+        super().__init__(node, executor)
         self.positions = {"shoulder": 0.0, "elbow": 0.0, "jaw": 0.0}
         self.spoil: Callable[[JointState], JointState | None] = lambda message: message
         self.arm: list[list[float]] = []
         self.hand: list[float] = []
         self.base: list[tuple[float, float]] = []
-        self.statuses: dict[str, DiagnosticStatus] = {}
         self.clock_ns: int | None = None
         self._states = node.create_publisher(JointState, "/test/joint_states", 10)
         self.clock = node.create_publisher(Clock, "/clock", 10)
         node.create_subscription(JointTrajectory, "/test/arm", self._on_arm, 1000)
         node.create_subscription(Float64MultiArray, "/test/hand", self._on_hand, 1000)
         node.create_subscription(Twist, "/test/base", self._on_base, 1000)
-        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
-        name = "/chunk_executor"
-        self._change: Any = node.create_client(ChangeState, f"{name}/change_state")
-        self._state: Any = node.create_client(GetState, f"{name}/get_state")
-        self._set: Any = node.create_client(SetParameters, f"{name}/set_parameters")
-        self._triggers: dict[str, Any] = {
-            service: node.create_client(Trigger, f"{name}/{service}")
-            for service in ("enable", "disable", "estop", "reset_estop")
-        }
 
     def _on_arm(self, message: JointTrajectory) -> None:
         (point,) = message.points
@@ -136,10 +112,7 @@ class Robot:
     def _on_base(self, message: Twist) -> None:
         self.base.append((message.linear.x, message.angular.z))
 
-    def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        self.statuses |= {status.name: status for status in message.status}
-
-    def publish_state(self) -> None:
+    def publish(self) -> None:
         stamp = self.clock_ns or self.node.get_clock().now().nanoseconds
         names = [*self.positions, "wheel"]
         message = JointState(name=names, position=[*self.positions.values(), math.nan])
@@ -148,83 +121,8 @@ class Robot:
         if spoilt is not None:
             self._states.publish(spoilt)
 
-    def spin(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self.publish_state()
-            next_s = time.monotonic() + PERIOD_S
-            while (left := next_s - time.monotonic()) > 0:
-                self._executor.spin_once(timeout_sec=left)
-
-    def until(self, met: Callable[[], Any], what: str) -> Any:
-        end = time.monotonic() + DEADLINE_S
-        while time.monotonic() < end:
-            self.spin(0.05)
-            found = met()
-            if found:
-                return found
-        states = {name: status.message for name, status in self.statuses.items()}
-        pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {states}")
-
-    def settle(self) -> None:
-        """Wait until commands have ceased and all that came has been read."""
-        counts: list[int] = []
-
-        def silent() -> bool:
-            counts.append(len(self.arm) + len(self.hand) + len(self.base))
-            return len(counts) > SILENT_SPINS and len(set(counts[-SILENT_SPINS:])) == 1
-
-        self.until(silent, "the end of commands")
-
-    def call(self, client: Any, request: Any) -> Any:
-        self.until(client.service_is_ready, f"service {client.srv_name}")
-        future = client.call_async(request)
-        self.until(future.done, f"answer of {client.srv_name}")
-        return future.result()
-
-    def answered(self) -> None:
-        """Ask for the state until it is answered: later answers find their way then."""
-        self.until(self._state.service_is_ready, "service get_state")
-        futures: list[Any] = []
-        asked_s = 0.0
-
-        def ask() -> bool:
-            nonlocal asked_s
-            if time.monotonic() - asked_s > 2.0:
-                asked_s = time.monotonic()
-                futures.append(self._state.call_async(GetState.Request()))
-            return any(future.done() for future in futures)
-
-        self.until(ask, "answer of get_state")
-
-    def trigger(self, service: str) -> Any:
-        return self.call(self._triggers[service], Trigger.Request())
-
-    def change(self, transition: int) -> bool:
-        request = ChangeState.Request(transition=Transition(id=transition))
-        return bool(self.call(self._change, request).success)
-
-    def set(self, name: str, value: Any) -> Any:
-        request = SetParameters.Request(
-            parameters=[Parameter(name, value=value).to_parameter_msg()]
-        )
-        return self.call(self._set, request).results[0]
-
-    def says(self, name: str, pattern: str) -> bool:
-        found = self.statuses.get(f"chunk_executor: {name}")
-        return found is not None and re.search(pattern, found.message, re.DOTALL) is not None
-
-    def value(self, name: str, key: str) -> str:
-        found = self.statuses.get(f"chunk_executor: {name}")
-        values = found.values if found else []
-        return next((entry.value for entry in values if entry.key == key), "")
-
-    def count(self, name: str, key: str) -> int:
-        return int(self.value(name, key) or 0)
-
-    def enable(self) -> None:
-        self.answered()
-        self.until(lambda: self.trigger("enable").success, "enabling")
+    def commands_heard(self) -> int:
+        return len(self.arm) + len(self.hand) + len(self.base)
 
     def moves(self) -> bool:
         """Whether the newest commands are those of a robot at work."""
@@ -239,9 +137,6 @@ class Robot:
             and len(set(self.hand[-10:])) == 1
             and set(self.base[-10:]) == {(0.0, 0.0)}
         )
-
-    def forget(self) -> None:
-        self.statuses.clear()
 
     def begin(self) -> None:
         """Forget all that an executor before has said and done."""
@@ -263,46 +158,9 @@ class Robot:
         assert np.abs(np.diff(base, axis=0)).max() <= 2.0 * PERIOD_S * (1.0 + 1e-6)
 
 
-class Processes:
-    """The executor and its peers, each in its own process."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self.all: list[subprocess.Popen[bytes]] = []
-
-    def _start(self, words: list[str], log: Path) -> subprocess.Popen[bytes]:
-        with log.open("w") as file:
-            self.all.append(
-                subprocess.Popen(
-                    [sys.executable, *words],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    env=os.environ | {"ROS_DOMAIN_ID": str(DOMAIN_ID), "OMP_NUM_THREADS": "1"},
-                )
-            )
-        return self.all[-1]
-
-    def executor(self, code: str = "", **changes: Any) -> subprocess.Popen[bytes]:
-        number = len(self.all)
-        file = self._folder / f"parameters{number}.yaml"
-        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": PARAMETERS | changes}}))
-        self.log = self._folder / f"executor{number}.txt"
-        words = ["-c", code] if code else ["-m", "groot_int8_ros.chunk_executor_node"]
-        return self._start([*words, "--ros-args", "--params-file", str(file)], self.log)
-
-    def peer(self, fault: str) -> subprocess.Popen[bytes]:
-        self.peer_log = self._folder / f"peer{len(self.all)}.txt"
-        return self._start([str(PEER), fault], self.peer_log)
-
-    def end(self, process: subprocess.Popen[bytes]) -> None:
-        if process.poll() is None:
-            process.kill()
-        process.wait()
-
-
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
-    made = Processes(tmp_path_factory.mktemp("executor"))
+    made = Processes(tmp_path_factory.mktemp("executor"), PARAMETERS)
     yield made
     for process in made.all:
         made.end(process)

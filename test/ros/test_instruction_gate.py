@@ -52,7 +52,13 @@ def policy(small_deployed: Path) -> Iterator[Policy]:
 class Bench:
     def __init__(self, policy: Policy) -> None:
         self.started: list[Held] = []
-        self.gate = InstructionGate(policy, lambda text: None, self._start)
+        self.now_s, self.flood = 0.0, False
+        self.gate = InstructionGate(policy, lambda text: None, self._start, self._clock)
+
+    def _clock(self) -> float:
+        # Instructions that people give lie seconds apart.
+        self.now_s += 0.001 if self.flood else 1.0
+        return self.now_s
 
     def _start(self, bundle: Path, instruction: str) -> Held:
         self.started.append(Held(bundle, instruction))
@@ -97,6 +103,24 @@ def test_first_instruction_again_is_computed_again_after_it_was_overtaken(policy
         assert bench.gate.check(instruction).pending
     assert [one.instruction for one in bench.started] == [NEW, NEWER, NEW]
     assert [one.closed for one in bench.started] == [True, True, False]
+
+
+def test_flood_of_unknown_instructions_starts_few_computations_and_ends_with_the_newest(
+    policy: Policy,
+) -> None:
+    bench = Bench(policy)
+    bench.flood = True
+    for number in range(400):
+        assert bench.gate.check(f"task {number}").pending
+    # 400 ms: the first one at once, and none of those that were overtaken.
+    assert [one.instruction for one in bench.started] == ["task 0"]
+    assert bench.started[0].closed
+    bench.flood = False
+    for _ in range(2):
+        assert bench.gate.check("task 399").pending
+    assert [one.instruction for one in bench.started] == ["task 0", "task 399"]
+    bench.started[1].done = True
+    assert bench.gate.check("task 399").fault is None
 
 
 def test_failed_computation_is_told_and_not_repeated_until_asked_anew(

@@ -29,7 +29,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     rclpy.init(args=[], signal_handler_options=SignalHandlerOptions.NO)
     node = rclpy.create_node("listener")
-    with Path(sys.argv[1]).open("w", encoding="utf-8") as output:
+    with Path(sys.argv[1]).open("w", encoding="utf-8", buffering=1) as output:
 
         def receive(topic: str, message: Any) -> None:
             entry: dict[str, Any] = {"topic": topic, "received_s": time.monotonic()}
