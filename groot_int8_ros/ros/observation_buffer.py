@@ -261,12 +261,13 @@ class ObservationBuffer:
         stamp_ns = max(
             samples[stream.name].stamp_ns for stream in self.streams if stream.is_camera
         )
-        if stamp_ns == used:
+        # An older one is a reordered frame: the executor would refuse its chunk.
+        if used is not None and stamp_ns <= used:
             return Hold(USED, "no new camera frame since the last chunk")
         return Snapshot(samples, stamp_ns, epoch)
 
     def mark_used(self, snapshot: Snapshot) -> None:
-        """Let no later observation have this one's stamp."""
+        """Let no later observation have this one's stamp, or an older one."""
         with self._changed:
             if snapshot.epoch == self._epoch:
                 self._used_stamp_ns = snapshot.stamp_ns

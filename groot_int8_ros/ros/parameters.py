@@ -38,7 +38,10 @@ JOINT_STATE_TYPE = "sensor_msgs/msg/JointState"
 TRANSPORTS = ("raw", "compressed")
 _UNITS = get_args(JointUnit)
 # Parameters that rclpy declares for every node.
-_RCLPY_NAMES = ("use_sim_time", "start_type_description_service", "qos_overrides.")
+_RCLPY_NAMES = (
+    *("use_sim_time", "start_type_description_service"),
+    *("qos_overrides./clock.", "qos_overrides./parameter_events.", "qos_overrides./rosout."),
+)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import replace
+from itertools import combinations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from groot_int8_ros.ros.observation_buffer import (
     AHEAD,
@@ -269,3 +272,81 @@ def test_cameras_that_fire_apart_do_not_wait_for_each_other(wrist_after: int) ->
     target.store(JOINTS.name, "", NOW + 400 * MS)
     target.wait_for_others(60.0)
     assert time.monotonic() - start < 60.0
+
+
+_STREAMS = (
+    Stream("camera a", "/a", True),
+    Stream("camera b", "/b", True, 0.2, 0.3, "cameras.b"),
+    Stream("joint_state", "/joints", False, None, 0.02, "joint_state"),
+)
+_EVENTS = st.lists(
+    st.one_of(
+        # A message of a stream: its stamp in milliseconds from now, whatever it may be.
+        st.tuples(
+            st.sampled_from([stream.name for stream in _STREAMS]),
+            st.integers(-2000, 300) | st.sampled_from([0, -20, -21, -100, -101, -(10**7), 10**7]),
+        ),
+        # Time goes on, stands still or jumps.
+        st.tuples(st.just("time"), st.integers(0, 60) | st.sampled_from([-3000, 5000])),
+        st.tuples(st.just("cleared"), st.just(0)),
+        st.tuples(st.just("unstamped"), st.just(0)),
+    ),
+    max_size=60,
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(_EVENTS)
+def test_whatever_comes_an_observation_is_fresh_together_and_new(
+    events: list[tuple[str, int]],
+) -> None:
+    buffer = ObservationBuffer(_STREAMS)
+    max_age_s, max_skew_s = 0.5, 0.1
+    now_ns, epoch = 10**13, 0
+    used: set[tuple[int, int]] = set()
+    for what, value in events:
+        if what == "time":
+            now_ns += value * 10**6
+        elif what == "cleared":
+            buffer.clear()
+        else:
+            name = _STREAMS[0].name if what == "unstamped" else what
+            stamp_ns = 0 if what == "unstamped" else now_ns + value * 10**6
+            buffer.store(name, (name, buffer.epoch, stamp_ns), stamp_ns)
+        assert buffer.epoch >= epoch
+        epoch = buffer.epoch
+        found = buffer.assemble(now_ns, max_age_s, max_skew_s)
+        if isinstance(found, Hold):
+            assert found.message
+            continue
+        stamps = {name: sample.stamp_ns for name, sample in found.samples.items()}
+        assert set(stamps) == {stream.name for stream in _STREAMS}
+        for stream in _STREAMS:
+            age_s = (now_ns - stamps[stream.name]) / 1e9
+            assert abs(age_s) <= (stream.max_age_s or max_age_s) + 1e-9
+        for one, other in combinations(_STREAMS, 2):
+            own = [s.max_skew_s for s in (one, other) if s.max_skew_s is not None]
+            skew_s = abs(stamps[one.name] - stamps[other.name]) / 1e9
+            assert skew_s <= max(own, default=max_skew_s) + 1e-9
+        # Of one pass of the clock, each with the stamp that it came with, and never twice.
+        for name, sample in found.samples.items():
+            assert sample.message[0] == name
+            assert sample.message[2] == sample.stamp_ns
+        assert found.stamp_ns == max(stamps["camera a"], stamps["camera b"])
+        assert (found.epoch, found.stamp_ns) not in used
+        used.add((found.epoch, found.stamp_ns))
+        buffer.mark_used(found)
+        assert buffer.assemble(now_ns, max_age_s, max_skew_s) == Hold(
+            USED, "no new camera frame since the last chunk"
+        )
+
+
+def test_a_frame_that_comes_again_after_a_reordered_one_is_not_used_twice() -> None:
+    target = buffer()
+    for stamp in (NOW, NOW - 20 * MS, NOW):
+        fill(target, stamp, stamp, stamp)
+        found = assemble(target)
+        if isinstance(found, Snapshot):
+            assert stamp == NOW
+            target.mark_used(found)
+    assert assemble(target) == Hold(USED, "no new camera frame since the last chunk")
