@@ -18,7 +18,7 @@ from offline_tools.soak.report import JUDGED_S, Outcome, faults
 from offline_tools.soak.samples import Sample, read_sample, series
 
 DEADLINE_S = 300.0
-STOPPED_S = 6.0
+STOPPED_S = 5.0
 
 
 def _samples(grow: float = 0.0, threads: int = 0, files: int = 0) -> list[Sample]:
@@ -115,7 +115,7 @@ def test_a_process_is_read_from_outside() -> None:
 def test_chunks_that_an_executor_never_heard_are_found_lost(small_deployed: Path) -> None:
     pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
     command = [sys.executable, "-m", "offline_tools.cli", "soak", "--bundle", str(small_deployed)]
-    command += ["--minutes", "0.15", "--inference-rate-hz", "30"]
+    command += ["--minutes", "0.1", "--inference-rate-hz", "30"]
     with subprocess.Popen(
         command,
         text=True,
