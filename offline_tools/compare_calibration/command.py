@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from groot_int8_ros.capture.coverage import COVERAGE_FILE, Coverage, measure_coverage
+from groot_int8_ros.capture.coverage import COVERAGE_FILE, measure_coverage
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import MANIFEST_FILE, Bundle, open_bundle
@@ -25,12 +25,14 @@ from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.quantization import CACHE
+from groot_int8_ros.policy.types import Float32Array
 from offline_tools.arguments import not_negative_int, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.closed_loop.results import read_results
 from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.compare_calibration.sets import GAPS, SampleSet, plan_sets, write_set
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
+from offline_tools.quantize.calibration_set import spread
 from offline_tools.quantize.evaluation import ActionErrors, ActionRunner
 from offline_tools.quantize.int8_bundle import AUTO, FIXED_SCHEMES
 
@@ -79,6 +81,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="of quantize (default: %(default)s)",
     )
     parser.add_argument(
+        "--judge-samples",
+        type=positive_int,
+        default=24,
+        help="observations of --evaluation that judge, spread over it (default: %(default)s)",
+    )
+    parser.add_argument(
         "--episodes",
         type=not_negative_int,
         default=0,
@@ -115,9 +123,8 @@ def run(args: argparse.Namespace) -> int:
     captures, evaluation = _stores(args, bundle)
     _begin(args, captures, evaluation)
     sets = plan_sets(captures, bundle.processor, args.sizes, args.bad_size, args.gaps)
-    coverages = _write_sets(args, captures, sets)
-    runner = ActionRunner(bundle, list(evaluation.samples()), threads=args.threads)
-    reference = runner.actions(runner.features())
+    thin = _write_sets(args, captures, sets)
+    judge = _Judge(args, bundle, evaluation)
     rows = [Row("", "float", 0, None, _episodes(args, args.bundle, "float"))]
     for one in sets:
         for scheme in args.schemes:
@@ -125,21 +132,18 @@ def run(args: argparse.Namespace) -> int:
             if quantised is None:
                 rows.append(Row(one.name, scheme))
                 continue
-            backbone, head = (
-                quantised.graph_path(name) for name in LARGE_GRAPHS[quantised.manifest.family]
-            )
             rows.append(
                 Row(
                     one.name,
                     scheme,
                     _int8_layers(quantised),
-                    runner.compare(reference, runner.actions(runner.features(backbone), head)),
-                    _episodes(args, quantised.folder, f"{one.name}-{scheme}"),
+                    judge.errors(quantised),
+                    _episodes(args, quantised.folder, quantised.folder.name),
                 )
             )
-    missed = [one.name for one in sets if not _is_named(one, coverages[one.name])]
-    _write_report(args.output / _REPORT_FILE, coverages, rows)
-    _print(sets, coverages, rows)
+    missed = [one.name for one in sets if not _is_named(one, thin[one.name])]
+    _write_report(args.output / _REPORT_FILE, thin, rows)
+    _print(sets, thin, rows)
     if missed:
         print(f"the coverage report does not name what is missing in {', '.join(missed)}")
         return EXIT_CHECK_FAILED
@@ -169,6 +173,7 @@ def _begin(args: argparse.Namespace, captures: CaptureStore, evaluation: Capture
             "evaluation": evaluation.content_sha256,
             "sizes": sorted(args.sizes),
             "bad_size": args.bad_size,
+            "judge_samples": args.judge_samples,
         }
     )
     path = args.output / _SETUP_FILE
@@ -185,25 +190,56 @@ def _begin(args: argparse.Namespace, captures: CaptureStore, evaluation: Capture
 
 def _write_sets(
     args: argparse.Namespace, captures: CaptureStore, sets: Sequence[SampleSet]
-) -> dict[str, Coverage]:
-    """Write the sets that are not there, and report on each."""
-    coverages = {}
-    policy = Policy.load(args.bundle, threads=args.threads)
-    try:
-        for one in sets:
-            folder = args.output / "sets" / one.name
-            if not (folder / COVERAGE_FILE).is_file():
-                # Without its report it was not finished.
+) -> dict[str, list[str]]:
+    """Write the sets that are not there with their reports, and return what is thin in each."""
+    folders = {one.name: args.output / "sets" / one.name for one in sets}
+    # Without its report a set was not finished.
+    missing = [one for one in sets if not (folders[one.name] / COVERAGE_FILE).is_file()]
+    if missing:
+        policy = Policy.load(args.bundle, threads=args.threads)
+        try:
+            for one in missing:
+                folder = folders[one.name]
                 shutil.rmtree(folder, ignore_errors=True)
-                write_set(policy, captures, one, folder)
-            coverage = measure_coverage(
-                CaptureStore.open(folder), policy.processor, policy.manifest
-            )
-            coverage.write(folder)
-            coverages[one.name] = coverage
-    finally:
-        policy.close()
-    return coverages
+                store = write_set(policy, captures, one, folder)
+                measure_coverage(store, policy.processor, policy.manifest).write(folder)
+        finally:
+            policy.close()
+    return {
+        name: json.loads((folder / COVERAGE_FILE).read_text(encoding="utf-8"))["thin"]
+        for name, folder in folders.items()
+    }
+
+
+class _Judge:
+    """Compares bundles' actions with the float bundle's; what was compared is kept in a file."""
+
+    def __init__(self, args: argparse.Namespace, bundle: Bundle, evaluation: CaptureStore) -> None:
+        self._folder = args.output / "errors"
+        self._folder.mkdir(exist_ok=True)
+        self._args = args
+        self._bundle = bundle
+        self._evaluation = evaluation
+        self._runner: ActionRunner | None = None
+        self._reference: list[Float32Array] = []
+
+    def errors(self, quantised: Bundle) -> ActionErrors:
+        """Return the errors of a bundle's actions on the evaluation's samples."""
+        path = self._folder / f"{quantised.folder.name}.json"
+        if path.is_file():
+            return ActionErrors(**json.loads(path.read_text(encoding="utf-8")))
+        if self._runner is None:
+            chosen = spread(tuple(range(len(self._evaluation))), self._args.judge_samples)
+            samples = [one for i, one in enumerate(self._evaluation.samples()) if i in chosen]
+            self._runner = ActionRunner(self._bundle, samples, threads=self._args.threads)
+            self._reference = self._runner.actions(self._runner.features())
+        family = quantised.manifest.family
+        backbone, head = (quantised.graph_path(name) for name in LARGE_GRAPHS[family])
+        actions = self._runner.actions(self._runner.features(backbone), head)
+        found = self._runner.compare(self._reference, actions)
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+        return found
 
 
 def _quantised(args: argparse.Namespace, one: SampleSet, scheme: str) -> Bundle | None:
@@ -242,13 +278,13 @@ def _episodes(args: argparse.Namespace, bundle: Path, name: str) -> tuple[Mappin
     return tuple(found[number] for number in seeds)
 
 
-def _is_named(one: SampleSet, coverage: Coverage) -> bool:
-    return not one.warning or any(one.warning in text for text in coverage.thin)
+def _is_named(one: SampleSet, thin: Sequence[str]) -> bool:
+    return not one.warning or any(one.warning in text for text in thin)
 
 
-def _write_report(path: Path, coverages: Mapping[str, Coverage], rows: Sequence[Row]) -> None:
+def _write_report(path: Path, thin: Mapping[str, Sequence[str]], rows: Sequence[Row]) -> None:
     content = {
-        "coverage": {name: asdict(coverage) for name, coverage in coverages.items()},
+        "thin": thin,
         "rows": [asdict(row) for row in rows],
     }
     with atomic_file(path) as temporary:
@@ -256,11 +292,11 @@ def _write_report(path: Path, coverages: Mapping[str, Coverage], rows: Sequence[
 
 
 def _print(
-    sets: Sequence[SampleSet], coverages: Mapping[str, Coverage], rows: Sequence[Row]
+    sets: Sequence[SampleSet], thin: Mapping[str, Sequence[str]], rows: Sequence[Row]
 ) -> None:
     for one in sets:
         print(f"{one.name}: {len(one.positions)} samples")
-        for text in coverages[one.name].thin or ("nothing is thin",):
+        for text in thin[one.name] or ("nothing is thin",):
             print(f"  {text}")
     keys = next((list(row.errors.max_error) for row in rows if row.errors is not None), [])
     head = ["set", "scheme", "INT8 layers", "relative L2", "jerk"]

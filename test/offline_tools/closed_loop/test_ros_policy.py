@@ -10,16 +10,36 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
 
 from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.ros.parameters import PARAMETERS
+from groot_int8_ros.ros.recorder_parameters import RECORDER_PARAMETERS
 from offline_tools.closed_loop.ros_policy import NodePolicy, NodeSilentError
 from offline_tools.closed_loop.torch_policy import TorchPolicy
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.robot import by_key, degrees, robot_description
 from offline_tools.simulation.ros_messages import noisy
 from offline_tools.simulation.tasks import TASKS
+
+
+def test_the_parameter_file_sets_what_the_nodes_have(repository_root: Path) -> None:
+    text = (repository_root / "config" / "simulated_arm_node.yaml").read_text(encoding="utf-8")
+    content = yaml.safe_load(text)
+    for node, known in (
+        ("policy_node", PARAMETERS),
+        ("calibration_recorder", RECORDER_PARAMETERS),
+    ):
+        given = content[f"/**/{node}"]["ros__parameters"]
+        names = {
+            f"{name}.{inner}" if inner else name
+            for name, value in given.items()
+            for inner in (value if isinstance(value, dict) else [""])
+        }
+        assert names - {"use_sim_time"} <= set(known)
+        assert given["use_sim_time"] is True
 
 
 def _observation(simulation: Tabletop, seed: int, stamp_ns: int) -> Observation:
