@@ -33,7 +33,7 @@ from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.compare_calibration.sets import GAPS, SampleSet, plan_sets, write_set
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
 from offline_tools.quantize.calibration_set import spread
-from offline_tools.quantize.evaluation import ActionErrors, ActionRunner
+from offline_tools.quantize.evaluation import ActionRunner
 from offline_tools.quantize.int8_bundle import AUTO, FIXED_SCHEMES
 
 # Those that look at samples, or need none.
@@ -41,6 +41,7 @@ SCHEMES = [AUTO, *(name for name, scheme in FIXED_SCHEMES.items() if scheme.rang
 
 _SETUP_FILE = "setup.json"
 _REPORT_FILE = "comparison.json"
+_MAX, _P99 = "max_error/", "p99_error/"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -106,14 +107,15 @@ class Row:
         name: Of the set that it was calibrated on; empty for the float bundle.
         scheme: That it was quantised with.
         int8_layers: Layers that are INT8; None where the scheme made no bundle.
-        errors: Of its actions against the float bundle's, on the evaluation's samples.
+        errors: Of its actions against the float bundle's, on the evaluation's samples, by the
+            names of `ActionErrors.to_dict`; None where there are none.
         episodes: Results of `closed-loop`, by seed.
     """
 
     name: str
     scheme: str
     int8_layers: int | None = None
-    errors: ActionErrors | None = None
+    errors: Mapping[str, float] | None = None
     episodes: tuple[Mapping[str, Any], ...] = ()
 
 
@@ -223,11 +225,12 @@ class _Judge:
         self._runner: ActionRunner | None = None
         self._reference: list[Float32Array] = []
 
-    def errors(self, quantised: Bundle) -> ActionErrors:
+    def errors(self, quantised: Bundle) -> Mapping[str, float]:
         """Return the errors of a bundle's actions on the evaluation's samples."""
         path = self._folder / f"{quantised.folder.name}.json"
         if path.is_file():
-            return ActionErrors(**json.loads(path.read_text(encoding="utf-8")))
+            known: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))
+            return known
         if self._runner is None:
             chosen = spread(tuple(range(len(self._evaluation))), self._args.judge_samples)
             samples = [one for i, one in enumerate(self._evaluation.samples()) if i in chosen]
@@ -236,9 +239,9 @@ class _Judge:
         family = quantised.manifest.family
         backbone, head = (quantised.graph_path(name) for name in LARGE_GRAPHS[family])
         actions = self._runner.actions(self._runner.features(backbone), head)
-        found = self._runner.compare(self._reference, actions)
+        found = self._runner.compare(self._reference, actions).to_dict()
         with atomic_file(path) as temporary:
-            temporary.write_text(json.dumps(asdict(found)), encoding="utf-8")
+            temporary.write_text(json.dumps(found), encoding="utf-8")
         return found
 
 
@@ -298,7 +301,8 @@ def _print(
         print(f"{one.name}: {len(one.positions)} samples")
         for text in thin[one.name] or ("nothing is thin",):
             print(f"  {text}")
-    keys = next((list(row.errors.max_error) for row in rows if row.errors is not None), [])
+    figures = next((list(row.errors) for row in rows if row.errors is not None), [])
+    keys = [name.removeprefix(_MAX) for name in figures if name.startswith(_MAX)]
     head = ["set", "scheme", "INT8 layers", "relative L2", "jerk"]
     head += [f"{figure} {key}" for key in keys for figure in ("p99", "max")]
     head += ["success", "95 % interval", "median s"] * any(row.episodes for row in rows)
@@ -313,12 +317,12 @@ def _print(
         print("| " + " | ".join(cells) + " |")
 
 
-def _error_cells(errors: ActionErrors | None, keys: Sequence[str]) -> list[str]:
+def _error_cells(errors: Mapping[str, float] | None, keys: Sequence[str]) -> list[str]:
     if errors is None:
         return [""] * (2 + 2 * len(keys))
-    cells = [f"{100 * errors.relative_l2:.2f} %", f"x{errors.jerk_ratio:.3f}"]
+    cells = [f"{100 * errors['relative_l2']:.2f} %", f"x{errors['jerk_ratio']:.3f}"]
     for key in keys:
-        cells += [f"{errors.p99_error[key]:.2f}", f"{errors.max_error[key]:.2f}"]
+        cells += [f"{errors[prefix + key]:.2f}" for prefix in (_P99, _MAX)]
     return cells
 
 
