@@ -18,7 +18,8 @@ INT8 first, then accuracy, then the cheaper kernel:
 3. Where none holds, the best of them gives up layers for float in the order of the error that a
    byte of float buys (Shoham and Gersho, "Efficient bit allocation for an arbitrary set of
    quantizers", 1988: with two choices a group their multiplier is this ratio). How many layers
-   it takes is bisected on measured errors.
+   it takes is bisected on measured errors. A group that breaks the budget alone, whatever the
+   model says of it, goes first.
 4. What is found is checked on observations that the search has not seen. How the two differ sets
    how strict the search is when it goes on, in both directions.
 
@@ -55,6 +56,8 @@ _CLOSE = 1.05
 _HOPELESS = 1.5
 # The search stops at a plan that uses this share of the budget, and a guess aims at a little more.
 _GOOD_SHARE, _AIM = 0.9, 0.95
+# So many plans that miss although the model says that they hold cast a doubt on the model.
+_PATIENCE = 2
 # How often a plan is checked on unseen observations at most: each check tells the search something
 # about them.
 _CHECKS = 4
@@ -134,7 +137,9 @@ class _Search:
                 return self._found(choice)
             if len(self.checked) >= _CHECKS // 2:
                 break  # the other checks are for plans with float layers
-        base = min(full, key=lambda one: max(self._share(one), self.checked.get(_key(one), 0.0)))
+        reached = {_key(one): max(self._share(one), self.checked.get(_key(one), 0.0)) for one in full}
+        close = _CLOSE * min(reached.values())
+        base = min((one for one in full if reached[_key(one)] <= close), key=self._predicted)
         found = self._with_float_layers(base)
         if found is None:
             reached = [*self.measured.values()] if not self.checked else [*self.checked.values()]
@@ -171,18 +176,28 @@ class _Search:
         )
 
     def _with_float_layers(self, base: _Choice) -> _Choice | None:
-        """Return the first part of the chain from a plan to float that holds when checked."""
+        """Return the first part of a chain from a plan to float that holds when checked."""
         order = sorted(
             self.groups,
             key=lambda group: self._loss(group, base) / group.parameters,
             reverse=True,
         )
-        chain = [
-            base | dict.fromkeys([group.name for group in order[:count]])
-            for count in range(len(order))
-        ]
+        while True:
+            chain = [
+                base | dict.fromkeys([group.name for group in order[:count]])
+                for count in range(len(order))
+            ]
+            found = self._held(chain)
+            alone = self.measured.get(_key(chain[-1]), 0.0)
+            if found is not None or alone <= 1.0 or len(self.measured) >= self.max_evaluations:
+                return found
+            # The model ranks this group last, and the actions say that it alone breaks the budget.
+            order.insert(0, order.pop())
+
+    def _held(self, chain: Sequence[_Choice]) -> _Choice | None:
+        """Return the first plan of a chain that holds when checked, as far as the checks go."""
         best: int | None = None
-        strictness = self._strictness(base)
+        strictness = self._strictness(chain[0])
         while len(self.checked) < _CHECKS:
             count = self._bisect(chain, strictness)
             if count is None:
@@ -210,12 +225,15 @@ class _Search:
             good = held < len(chain) and known[held] >= _GOOD_SHARE
             if good or held - missed <= 1 or len(self.measured) >= self.max_evaluations:
                 return held if held < len(chain) else None
-            # From the nearest that missed, as far as the model says that it takes.
+            # From the nearest that missed, as far as the model says that it takes. Where that did
+            # not help twice, what is left may hold a group that it takes for harmless: see the end.
             start = known.get(missed, math.inf)
             aim = 0.0 if math.isinf(start) else self._predicted(chain[missed]) * _AIM / start
             guess = next(
                 (n for n, choice in enumerate(chain) if self._predicted(choice) <= aim), held
             )
+            if held == len(chain) and sum(0 < n <= missed for n in known) >= _PATIENCE:
+                guess = held - 1
             if not missed < guess < held:
                 guess = (missed + held) // 2
             self._share(chain[guess])

@@ -128,6 +128,22 @@ def test_the_budget_holds_where_the_model_of_the_errors_is_wrong() -> None:
     assert plan
 
 
+def test_a_group_that_looks_harmless_and_breaks_the_budget_alone_is_float() -> None:
+    # The keys of a massive token: the smallest error of all layers by itself, and in the actions
+    # more than all others together.
+    many = [_group(f"blocks.{i}.q", 0.02, 0.01, 0.0101) for i in range(40)]
+    keys = _group("blocks.40.k", 0.001, 0.001, 0.001, size=20)
+
+    def judge(plans: GraphPlans, limit: float = 0.05) -> float:
+        names = [name for plan in plans.values() for name in plan]
+        loss = sum(100.0 if name == "blocks.40.k" else 1.0 for name in names)
+        return math.sqrt(loss) * 0.01 / limit
+
+    plan = _search([*many, keys], judge, evaluations=20).plans["dit"]
+    assert "blocks.40.k" not in plan
+    assert len(plan) >= 20  # of 25 that the budget has room for
+
+
 def test_a_plan_whose_actions_are_not_finite_is_not_taken() -> None:
     def judge(plans: GraphPlans) -> float:
         overflows = any("blocks.3.q" in plan for plan in plans.values())
