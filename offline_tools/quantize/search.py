@@ -137,9 +137,11 @@ class _Search:
                 return self._found(choice)
             if len(self.checked) >= _CHECKS // 2:
                 break  # the other checks are for plans with float layers
-        reached = {_key(one): max(self._share(one), self.checked.get(_key(one), 0.0)) for one in full}
-        close = _CLOSE * min(reached.values())
-        base = min((one for one in full if reached[_key(one)] <= close), key=self._predicted)
+        reached = [max(self._share(one), self.checked.get(_key(one), 0.0)) for one in full]
+        close = [
+            one for one, share in zip(full, reached, strict=True) if share <= _CLOSE * min(reached)
+        ]
+        base = min(close, key=self._predicted)
         found = self._with_float_layers(base)
         if found is None:
             reached = [*self.measured.values()] if not self.checked else [*self.checked.values()]
@@ -226,7 +228,7 @@ class _Search:
             if good or held - missed <= 1 or len(self.measured) >= self.max_evaluations:
                 return held if held < len(chain) else None
             # From the nearest that missed, as far as the model says that it takes. Where that did
-            # not help twice, what is left may hold a group that it takes for harmless: see the end.
+            # not help twice, what is left may hold a group that it takes for harmless: to the end.
             start = known.get(missed, math.inf)
             aim = 0.0 if math.isinf(start) else self._predicted(chain[missed]) * _AIM / start
             guess = next(
