@@ -365,7 +365,10 @@ class PromptTokenizer:
             )
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises plain Exception
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        # The library raises plain Exception, and a panic of its Rust code is not even that.
+        except BaseException as error:
             raise ProcessorError(
                 f"{path} is not a tokenizer ({error}). It is damaged or cut short: copy it again."
             ) from error

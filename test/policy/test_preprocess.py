@@ -308,6 +308,12 @@ def test_a_damaged_or_missing_tokenizer_file_is_refused(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(ProcessorError, match="is not a tokenizer"):
         PromptTokenizer.from_file(path)
+    # Its library panics on a prefix longer than the word that it is to be cut from.
+    model = {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]}
+    model["continuing_subword_prefix"] = "longer than b"
+    path.write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    with pytest.raises(ProcessorError, match="is not a tokenizer"):
+        PromptTokenizer.from_file(path)
 
 
 def test_saved_truncation_and_padding_cannot_cut_off_the_images(tmp_path: Path) -> None:
