@@ -1,9 +1,10 @@
 """Starts policy node, chunk executor and the simulated robot, which does some episodes.
 
 Owns: the launch arguments, and when the launch ends: with the robot's last episode, or with the
-executor. It is `make demo`'s loop for a machine with ROS 2 and this package's extra `sim`; the
-bundle is one of the simulated robot's (docs/closed_loop.md). Nothing has to be enabled by hand:
-the robot is simulated, and asks for it itself.
+executor. The bundle is one of the simulated robot's (docs/closed_loop.md); this package's extra
+`sim` has to be there. Without a bundle the launch is `make demo` on a machine with ROS 2: the
+bundles are made first, in float and in INT8, and the page of results afterwards. Nothing has to
+be enabled by hand: the robot is simulated, and asks for it itself.
 """
 
 # mypy: disable-error-code="import-not-found"
@@ -38,6 +39,10 @@ def _start(context: LaunchContext) -> list[object]:
     def given(name: str) -> str:
         return str(LaunchConfiguration(name).perform(context))
 
+    if not given("bundle"):
+        whole = _whole_demonstration(given("output") or "demo_output", given("episodes"))
+        ends = OnProcessExit(target_action=whole, on_exit=_end("the demonstration"))
+        return [RegisterEventHandler(ends), whole]
     stepped = given("stepped").lower()
     if stepped not in ("true", "false"):
         raise ValueError(f"launch argument 'stepped' must be true or false, not {stepped!r}")
@@ -82,6 +87,20 @@ def _start(context: LaunchContext) -> list[object]:
     ]
 
 
+def _whole_demonstration(output: str, episodes: str) -> ExecuteProcess:
+    """Return what makes the bundles and starts both nodes and the robot with each, stepped."""
+    return ExecuteProcess(
+        cmd=[
+            *(sys.executable, "-m", "offline_tools.cli", "demo"),
+            *("--output", output, "--episodes", episodes),
+        ],
+        name="demonstration",
+        output="both",
+        sigterm_timeout=_STOP_TIMEOUT_S,
+        sigkill_timeout=_STOP_TIMEOUT_S,
+    )
+
+
 def _end(who: str) -> object:
     def shut_down(_: object, context: LaunchContext) -> list[object]:
         # launch_ros fails on a second shutdown, and Ctrl-C may have asked for the first.
@@ -97,7 +116,9 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription(
         [
             DeclareLaunchArgument(
-                "bundle", description="Folder of a bundle of the simulated robot."
+                "bundle",
+                default_value="",
+                description="Folder of a bundle of the simulated robot; without it, make demo.",
             ),
             DeclareLaunchArgument(
                 "params_file",
@@ -116,7 +137,9 @@ def generate_launch_description() -> LaunchDescription:
                 "first_seed", default_value="0", description="Seed of the first scene."
             ),
             DeclareLaunchArgument(
-                "output", default_value="", description="File of results to write, if any."
+                "output",
+                default_value="",
+                description="File of results to write, if any; the folder without a bundle.",
             ),
             DeclareLaunchArgument(
                 "film", default_value="", description="Picture of the first episode, if any."

@@ -358,7 +358,9 @@ class CaptureWriter:
         if 2 * len(left) <= self._samples_per_shard:
             for other in left:
                 # It stays in its old shard too, until the index names the new one.
-                self._pending[other] = _load(self.folder, *self._record(other))
+                self._pending[other] = _load(
+                    self.folder, self._index.meta.family, *self._record(other)
+                )
                 del self._written[other]
             self._retired.add(file)
 
@@ -548,7 +550,7 @@ class CaptureStore:
         """
         for shard in self.index.shards:
             for record in shard.samples:
-                yield _load(self.folder, shard, record)
+                yield _load(self.folder, self.meta.family, shard, record)
 
     def feeds(self, graph: str, bundle: Bundle | None = None) -> Feeds:
         """Return a graph's inputs over all samples, as often as one likes.
@@ -630,7 +632,7 @@ def _resumed(folder: Path, meta: CaptureMeta) -> Index:
     return replace(index, finished=False)
 
 
-def _load(folder: Path, shard: Shard, record: SampleRecord) -> CaptureSample:
+def _load(folder: Path, family: str, shard: Shard, record: SampleRecord) -> CaptureSample:
     path = folder / shard.file
     prefix = f"{record.position:05d}/"
     try:
@@ -648,6 +650,12 @@ def _load(folder: Path, shard: Shard, record: SampleRecord) -> CaptureSample:
             + _CAPTURE_AGAIN
         ) from error
     check_sample(sample)
+    lacking = [graph for graph in record.graphs if not sample.has(family, graph)]
+    if lacking:
+        raise CaptureError(
+            f"{path} has no inputs of {', '.join(lacking)} for its sample {record.position}, "
+            "although the index says so. Copy the store again, or: " + _CAPTURE_AGAIN
+        )
     return sample
 
 

@@ -312,7 +312,7 @@ class LeRobotDataset:
             if leads_outside(name):
                 raise ValueError(name)
             return self.root / name
-        except (AttributeError, KeyError, IndexError, ValueError, TypeError, ZeroDivisionError):
+        except (AttributeError, LookupError, ValueError, TypeError, ArithmeticError):
             raise DatasetError(
                 f"{self.root / 'meta/info.json'}: no file name can be made of {template} "
                 f"{pattern!r} and chunks_size {self._info.get('chunks_size')!r}; compare them "

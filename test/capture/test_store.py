@@ -319,6 +319,16 @@ def lie_in_index(change: Callable[[dict[str, object]], object]) -> Callable[[Pat
     return damage
 
 
+def test_a_sample_that_lacks_what_the_index_promises_is_refused(
+    tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
+) -> None:
+    folder = tmp_path / "store"
+    write(folder, meta, [make_sample(0)])
+    lie_in_index(lambda c: c["shards"][0]["samples"][0].update(position=1))(folder)  # type: ignore[index]
+    with pytest.raises(CaptureError, match="although the index says so"):
+        list(CaptureStore.open(folder).samples())
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

@@ -309,3 +309,16 @@ def test_the_demo_does_its_episode_and_ends_with_it(
     assert result["success"], launched.log.read_text()
     # Robot, executor and policy.
     assert launched.log.read_text().count("process has finished cleanly") == 3
+
+
+def test_the_demo_without_a_bundle_is_the_whole_demonstration_and_ends_with_it(
+    start: Start, tmp_path: Path
+) -> None:
+    pytest.importorskip("mujoco", reason="the demonstration needs the simulated robot")
+    # Told of a number that the command refuses: what is asked for arrives, and nothing is made.
+    launched = start("episodes:=0", f"output:={tmp_path / 'out'}", file="demo.launch.py")
+    assert launched.process.wait(DEADLINE_S) == 0
+    text = launched.log.read_text()
+    assert "groot-int8 demo" in text
+    assert "--episodes: expected a whole number of at least 1, not '0'" in text
+    assert not (tmp_path / "out").exists()

@@ -578,6 +578,10 @@ def test_a_dataset_cannot_name_files_elsewhere(tiny_dataset: Path, tmp_path: Pat
         (root / "meta/info.json").write_text(json.dumps({**info, "data_path": pattern}))
         with watched(), pytest.raises(DatasetError, match="no file name can be made"):
             LeRobotDataset.open(root).episode(0)
+    for size in (float("inf"), float("nan"), 0, "many"):
+        (root / "meta/info.json").write_text(json.dumps({**info, "chunks_size": size}))
+        with watched(), pytest.raises(DatasetError, match="no file name can be made"):
+            LeRobotDataset.open(root).episode(0)
 
 
 SIZE = (24, 32)
