@@ -704,6 +704,8 @@ def _shard(content: Mapping[str, Any]) -> Shard:
 def _sample_record(content: Mapping[str, Any], file: str) -> SampleRecord:
     record = SampleRecord(**{**content, "graphs": tuple(content["graphs"])})
     _check_types(record, _SAMPLE_TYPES, f"a sample in {file}")
+    if not set(record.graphs) <= {graph for graphs in LARGE_GRAPHS.values() for graph in graphs}:
+        raise ValueError(f"a sample in {file} has inputs of graphs that there are not")
     return record
 
 

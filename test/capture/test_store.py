@@ -340,6 +340,10 @@ def test_a_sample_that_lacks_what_the_index_promises_is_refused(
         (lie_in_index(lambda c: c.update(content_sha256="0" * 64)), "content_sha256"),
         (lie_in_index(lambda c: c.pop("meta")), "damaged"),
         (
+            lie_in_index(lambda c: c["shards"][0]["samples"][0].update(graphs=[None])),  # type: ignore[index]
+            "graphs that there are not",
+        ),
+        (
             lie_in_index(lambda c: c["shards"][0].update(file="../shard-00000.npz")),  # type: ignore[index]
             "no shard's name",
         ),
