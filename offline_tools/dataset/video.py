@@ -7,6 +7,7 @@ AV1, the usual codec of LeRobot datasets, which is why PyAV does it here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from fractions import Fraction
@@ -110,6 +111,8 @@ def write_rgb_frames(
                     )
                     stream.height, stream.width = image.shape[:2]
                     stream.pix_fmt = "yuv420p"
+                    with _scheduling_kept():
+                        stream.codec_context.open()
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 container.mux(stream.encode(frame))
                 written += 1
@@ -123,3 +126,30 @@ def write_rgb_frames(
             "as libx264 or mpeg4, and frames with even sides."
         ) from error
     return written
+
+
+@contextlib.contextmanager
+def _scheduling_kept() -> Iterator[None]:
+    """Undo what SVT-AV1 does to the scheduling of this process when it is opened.
+
+    Where it may (as root, so in most containers), it makes its own threads and the one that opens
+    it real-time threads of the highest priority. Every thread and process that is started later
+    inherits that: together they shut out all else, and one that is busy shuts out the others.
+    """
+    before = _real_time_threads()
+    try:
+        yield
+    finally:
+        for thread in _real_time_threads() - before:
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+
+
+def _real_time_threads() -> set[int]:
+    """Return those threads of this process that others wait for until they sleep."""
+    found = set()
+    for folder in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            if os.sched_getscheduler(int(folder.name)) in (os.SCHED_FIFO, os.SCHED_RR):
+                found.add(int(folder.name))
+    return found
