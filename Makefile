@@ -77,11 +77,14 @@ $(PACKAGE_STAMP): $(LOCK_STAMP)
 	@$(BIN)/groot-int8 --version >/dev/null
 	@rm -f $(VENV)/.installed-* && touch $@
 
+# A test that hangs fails, and a machine on which all fails is soon left: the whole has its limit too.
+PYTEST := $(BIN)/python -m pytest --timeout 300 --maxfail 12
+
 test: setup
 	@echo "test: format" && $(BIN)/ruff format --quiet --check .
 	@echo "test: lint" && $(BIN)/ruff check --quiet .
 	@echo "test: types" && $(BIN)/mypy
-	@echo "test: pytest" && $(BIN)/python -m pytest $(PYTEST_ARGS)
+	@echo "test: pytest" && $(PYTEST) $(PYTEST_ARGS)
 
 faults: setup
 	@GROOT_FAULT_ROUNDS=50 $(BIN)/python -m pytest test/faults $(PYTEST_ARGS)

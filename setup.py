@@ -92,6 +92,7 @@ EXTRAS = {
         "mypy>=1.15",
         "pre-commit>=3.7",
         "pytest>=8.2",
+        "pytest-timeout>=2.3",
         "ruff>=0.12",
         "setuptools>=61",
         "types-PyYAML",

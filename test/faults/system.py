@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -185,9 +186,14 @@ class Processes:
         self.peer_log = self.folder / f"peer{len(self.all)}.txt"
         return self.start([str(PEER), fault], self.peer_log)
 
-    def storm(self, **asked: Any) -> subprocess.Popen[bytes]:
+    @contextlib.contextmanager
+    def storm(self, **asked: Any) -> Iterator[None]:
         words = [str(STORM), json.dumps(asked)]
-        return self.start(words, self.folder / f"storm{len(self.all)}.txt")
+        process = self.start(words, self.folder / f"storm{len(self.all)}.txt")
+        try:
+            yield
+        finally:
+            self.end(process)
 
     def end(self, process: subprocess.Popen[bytes]) -> None:
         if process.poll() is None:

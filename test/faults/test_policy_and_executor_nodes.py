@@ -443,22 +443,20 @@ def test_publisher_storm_is_survived(at_work: System) -> None:
     robot, processes = at_work.robot, at_work.processes
     camera = robot.description.cameras[0]
     topic = f"/cameras/{camera.key}/image_raw"
-    storms = [
+    name = f"camera {camera.key}"
+    with (
         processes.storm(topic=topic, width=camera.width, height=camera.height),
         processes.storm(topic="/joint_states", names=robot.joints, value=POSE),
-    ]
-    name = f"camera {camera.key}"
-    robot.until(lambda: robot.count(name, "messages", POLICY), "counts")
-    before = robot.count(name, "messages", POLICY)
-    chunks = robot.count("inference", "chunks", POLICY)
-    robot.until(
-        lambda: robot.count("inference", "chunks", POLICY) > chunks + 20, "chunks in the storm"
-    )
-    robot.works()
-    assert robot.count(name, "messages", POLICY) > before
-    assert robot.set("chunk_timeout_s", 5.0).successful is False
-    for storm in storms:
-        processes.end(storm)
+    ):
+        robot.until(lambda: robot.count(name, "messages", POLICY), "counts")
+        before = robot.count(name, "messages", POLICY)
+        chunks = robot.count("inference", "chunks", POLICY)
+        robot.until(
+            lambda: robot.count("inference", "chunks", POLICY) > chunks + 20, "chunks in the storm"
+        )
+        robot.works()
+        assert robot.count(name, "messages", POLICY) > before
+        assert robot.set("chunk_timeout_s", 5.0).successful is False
     robot.works()
 
 

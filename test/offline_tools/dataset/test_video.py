@@ -20,12 +20,12 @@ def test_encoding_starts_no_real_time_threads_and_leaves_none(tmp_path: Path) ->
     def frames() -> Iterator[UInt8Array]:
         for _ in range(3):
             yield np.zeros((64, 64, 3), np.uint8)
-            policies.update(os.sched_getscheduler(int(task)) for task in _tasks())
+            policies.update(os.sched_getscheduler(thread) for thread in _threads())
 
     write_rgb_frames(tmp_path / "video.mp4", frames(), 10.0, "libsvtav1")
     assert policies == {before}
-    assert {os.sched_getscheduler(int(task)) for task in _tasks()} == {before}
+    assert {os.sched_getscheduler(thread) for thread in _threads()} == {before}
 
 
-def _tasks() -> list[str]:
-    return os.listdir("/proc/self/task")
+def _threads() -> list[int]:
+    return [int(folder.name) for folder in Path("/proc/self/task").iterdir()]
