@@ -220,28 +220,33 @@ class ObservationBuffer:
         """Wait for frames that were taken with the newest one and have not arrived yet.
 
         Args:
-            longest_s: After the arrival of the newest frame nothing is waited for longer than
-                this: the other frame may be lost.
+            longest_s: After the arrival of the newest frame, and of each one that was waited for,
+                nothing is waited for longer than this: the others may be lost.
         """
         with self._changed:
-            while (left_s := self._gathering_s(longest_s)) > 0.0:
+            frames = [
+                self._samples[stream.name]
+                for stream in self.streams
+                if stream.is_camera and stream.name in self._samples
+            ]
+            newest_ns = max((frame.stamp_ns for frame in frames), default=0)
+            end_s = max((frame.arrival_s for frame in frames), default=0.0) + longest_s
+            late = self._late(newest_ns)
+            while late and (left_s := end_s - time.monotonic()) > 0.0:
                 self._changed.wait(left_s)
+                # Frames of the next moment count for nothing here: where one camera has died, the
+                # others' would put the end off for ever.
+                if (still_late := self._late(newest_ns)) != late:
+                    late, end_s = still_late, time.monotonic() + longest_s
 
-    def _gathering_s(self, longest_s: float) -> float:
-        frames = {
-            stream.name: self._samples[stream.name]
-            for stream in self.streams
-            if stream.is_camera and stream.name in self._samples
+    def _late(self, moment_ns: int) -> set[str]:
+        """Return the cameras whose frame of this moment has not arrived, by their periods."""
+        return {
+            name
+            for name, period_ns in self._periods_ns.items()
+            if name in self._samples
+            and moment_ns - self._samples[name].stamp_ns > _DUE_AFTER_PERIODS * period_ns
         }
-        newest_ns = max((frame.stamp_ns for frame in frames.values()), default=0)
-        if not any(
-            newest_ns - frame.stamp_ns > _DUE_AFTER_PERIODS * self._periods_ns[name]
-            for name, frame in frames.items()
-            if name in self._periods_ns
-        ):
-            return 0.0
-        arrived_s = max(frame.arrival_s for frame in frames.values())
-        return arrived_s + longest_s - time.monotonic()
 
     def assemble(self, now_ns: int, max_age_s: float, max_skew_s: float) -> Snapshot | Hold:
         """Return an observation's messages, or why there is none.

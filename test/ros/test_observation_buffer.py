@@ -257,6 +257,23 @@ def test_a_lost_frame_is_not_waited_for_longer_than_allowed() -> None:
     assert taken(assemble(target, NOW + 66 * MS)).samples[WRIST.name].stamp_ns == NOW + 33 * MS
 
 
+def test_a_dead_camera_is_not_waited_for_as_long_as_the_others_go_on() -> None:
+    target = buffer()
+    two_ticks(target, 0)
+    moment = NOW + 66 * MS
+    target.store(FRONT.name, "", moment)
+    thread = threading.Thread(target=target.wait_for_others, args=(0.5,))
+    thread.start()
+    give_up_s = time.monotonic() + 20.0
+    while thread.is_alive() and time.monotonic() < give_up_s:
+        moment += 33 * MS
+        target.store(FRONT.name, "", moment)
+        thread.join(0.002)
+    ended = not thread.is_alive()
+    thread.join()
+    assert ended
+
+
 @pytest.mark.parametrize("wrist_after", [15 * MS, 24 * MS])
 def test_cameras_that_fire_apart_do_not_wait_for_each_other(wrist_after: int) -> None:
     start = time.monotonic()
