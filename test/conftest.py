@@ -1,22 +1,25 @@
 """Fixtures and settings that every test shares.
 
 Owns: where recorded reference data is looked for, the environment that keeps tests from leaving
-this machine, and the generated dataset, checkpoints and bundles. Tracing a bundle takes most of a
+this machine, the ROS nodes by which tests listen, and the generated dataset, checkpoints and
+bundles. Tracing a bundle takes most of a
 minute, so each is exported once and damaged only in copies. Tests import nothing from here; they
 take fixtures by name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import runpy
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +84,32 @@ def golden_dir(shared_data_dir: Path) -> Path:
 def g1_dataset_dir(shared_data_dir: Path) -> Path:
     """Three real episodes of a Unitree G1 as a LeRobot v2.1 dataset."""
     return _folder_in(shared_data_dir, "data/g1_pick_bottle")
+
+
+@pytest.fixture(scope="session")
+def ros_node() -> Callable[..., contextlib.AbstractContextManager[tuple[Any, Any]]]:
+    """Makes (name, domain), for the length of a block, a node and an executor that spins it.
+
+    They have a ROS context of their own, which is the node's `context`.
+    """
+    rclpy = pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
+    executors = pytest.importorskip("rclpy.executors")
+
+    @contextlib.contextmanager
+    def make(name: str, domain_id: int) -> Iterator[tuple[Any, Any]]:
+        context = rclpy.Context()
+        rclpy.init(args=[], context=context, domain_id=domain_id)
+        node = rclpy.create_node(name, context=context)
+        executor = executors.SingleThreadedExecutor(context=context)
+        executor.add_node(node)
+        try:
+            yield node, executor
+        finally:
+            executor.shutdown()
+            node.destroy_node()
+            rclpy.shutdown(context=context)
+
+    return make
 
 
 @pytest.fixture(scope="session")

@@ -158,16 +158,9 @@ class Robot:
 
 
 @pytest.fixture
-def robot(policy: Policy) -> Iterator[Robot]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("robot", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield Robot(node, executor, policy)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+def robot(ros_node: Callable[..., Any], policy: Policy) -> Iterator[Robot]:
+    with ros_node("robot", DOMAIN_ID) as (node, executor):
+        yield Robot(node, executor, policy)
 
 
 class Started:

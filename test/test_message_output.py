@@ -17,10 +17,8 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
-import rclpy
 from builtin_interfaces.msg import Duration
 from geometry_msgs.msg import Transform, Vector3
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -124,18 +122,20 @@ class Body:
         self._chunks.publish(message)
 
 
-def test_a_robot_with_messages_of_its_own_is_read_commanded_and_held() -> None:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
+def test_a_robot_with_messages_of_its_own_is_read_commanded_and_held(
+    ros_node: Callable[..., Any],
+) -> None:
+    with ros_node("body", DOMAIN_ID) as (other, executor):
+        _read_commanded_and_held(other, executor)
+
+
+def _read_commanded_and_held(other: Node, executor: SingleThreadedExecutor) -> None:
+    body = Body(other)
     node = ChunkExecutorNode(
-        context=context,
+        context=other.context,
         parameter_overrides=[Parameter(name, value=value) for name, value in PARAMETERS.items()],
     )
-    other = Node("body", context=context)
-    body = Body(other)
-    executor = SingleThreadedExecutor(context=context)
     executor.add_node(node)
-    executor.add_node(other)
 
     def until(met: Callable[[], Any], what: str) -> None:
         end = time.monotonic() + DEADLINE_S
@@ -171,10 +171,8 @@ def test_a_robot_with_messages_of_its_own_is_read_commanded_and_held() -> None:
         assert body.values[-3:] == [[0.3, 0.3]] * 3
     finally:
         node.close()
+        executor.remove_node(node)
         node.destroy_node()
-        other.destroy_node()
-        executor.shutdown()
-        rclpy.shutdown(context=context)
 
 
 OUTPUT = OutputParameters(

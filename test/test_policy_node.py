@@ -28,13 +28,11 @@ import yaml
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Twist
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.srv import SetParameters
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
@@ -368,16 +366,9 @@ def robot_parameters(policy: Policy, bundle: Path) -> dict[str, object]:
 
 
 @pytest.fixture
-def robot(policy: Policy) -> Iterator[Robot]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("robot", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield Robot(node, executor, policy)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+def robot(ros_node: Callable[..., Any], policy: Policy) -> Iterator[Robot]:
+    with ros_node("robot", DOMAIN_ID) as (node, executor):
+        yield Robot(node, executor, policy)
 
 
 def test_every_chunk_is_what_the_policy_gives_on_the_same_messages(

@@ -17,8 +17,6 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
-import rclpy
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 
@@ -45,16 +43,9 @@ def _allowed(repository_root: Path, node: str) -> Names:
 
 
 @pytest.fixture
-def watcher() -> Iterator[tuple[Context, Node, SingleThreadedExecutor]]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("watcher", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield context, node, executor
-    node.destroy_node()
-    executor.shutdown()
-    rclpy.shutdown(context=context)
+def watcher(ros_node: Callable[..., Any]) -> Iterator[tuple[Node, SingleThreadedExecutor]]:
+    with ros_node("watcher", DOMAIN_ID) as made:
+        yield made
 
 
 def _parameters(repository_root: Path, bundle: Path, node: str, output: Path) -> list[str]:
@@ -78,16 +69,16 @@ def _parameters(repository_root: Path, bundle: Path, node: str, output: Path) ->
     ],
 )
 def test_the_policy_allows_what_a_node_uses_and_no_more(
-    watcher: tuple[Context, Node, SingleThreadedExecutor],
+    watcher: tuple[Node, SingleThreadedExecutor],
     repository_root: Path,
     small_deployed: Path,
     tmp_path: Path,
     name: str,
     make: Callable[..., Any],
 ) -> None:
-    context, other, executor = watcher
+    other, executor = watcher
     arguments = _parameters(repository_root, small_deployed, name, tmp_path / "store")
-    node = make(context=context, cli_args=arguments, parameter_overrides=[])
+    node = make(context=other.context, cli_args=arguments, parameter_overrides=[])
     executor.add_node(node)
     allowed = _allowed(repository_root, name)
     try:

@@ -23,10 +23,8 @@ import pytest
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 
-import rclpy
 from geometry_msgs.msg import Twist
 from lifecycle_msgs.msg import Transition
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
@@ -167,16 +165,9 @@ def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Processes]:
 
 
 @pytest.fixture(scope="module")
-def robot() -> Iterator[Robot]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("robot", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield Robot(node, executor)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+def robot(ros_node: Callable[..., Any]) -> Iterator[Robot]:
+    with ros_node("robot", DOMAIN_ID) as (node, executor):
+        yield Robot(node, executor)
 
 
 @pytest.fixture(scope="module")

@@ -27,8 +27,6 @@ import pytest
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
-import rclpy
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rosgraph_msgs.msg import Clock
@@ -247,16 +245,9 @@ def bundle(
 
 
 @pytest.fixture(scope="module")
-def robot(bundle: Path) -> Iterator[Robot]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("robot", context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield Robot(node, executor, open_bundle(bundle).manifest.robot)
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+def robot(ros_node: Callable[..., Any], bundle: Path) -> Iterator[Robot]:
+    with ros_node("robot", DOMAIN_ID) as (node, executor):
+        yield Robot(node, executor, open_bundle(bundle).manifest.robot)
 
 
 @pytest.fixture(scope="module")

@@ -17,9 +17,9 @@ import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
 from trajectory_msgs.msg import JointTrajectory
 
 from offline_tools.evaluate.node_processes import NodeProcess, node_process
@@ -33,10 +33,8 @@ DOMAIN_ID = 1 + os.getpid() % 100
 class Listener:
     """What the executor commands and says, and how many chunks the policy gives."""
 
-    def __init__(self, context: Any) -> None:
-        self.node = rclpy.create_node("listener", context=context)
-        self._executor = SingleThreadedExecutor(context=context)
-        self._executor.add_node(self.node)
+    def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
+        self._executor = executor
         self.commands: list[tuple[float, ...]] = []
         self.chunks = 0
         self.statuses: dict[str, str] = {}
@@ -45,7 +43,7 @@ class Listener:
             (JointTrajectory, CHUNK_TOPIC, self._on_chunk),
             (DiagnosticArray, "/diagnostics", self._on_diagnostics),
         ):
-            self.node.create_subscription(kind, topic, heard, 100)
+            node.create_subscription(kind, topic, heard, 100)
 
     def _on_command(self, message: JointTrajectory) -> None:
         self.commands.append(tuple(message.points[-1].positions))
@@ -84,15 +82,11 @@ class Listener:
 
 
 @pytest.fixture
-def listener(monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+def listener(ros_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
     monkeypatch.setenv("ROS_DOMAIN_ID", str(DOMAIN_ID))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    context = rclpy.Context()
-    rclpy.init(context=context)
-    made = Listener(context)
-    yield made
-    made.node.destroy_node()
-    rclpy.shutdown(context=context)
+    with ros_node("listener", DOMAIN_ID) as (node, executor):
+        yield Listener(node, executor)
 
 
 @pytest.mark.slow

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: no topics")
-
-import rclpy
-import rclpy.executors
 
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.expert import plan
@@ -23,17 +20,9 @@ _TASK = Task("green", "right")
 
 
 @pytest.fixture
-def ros(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Any]]:
-    monkeypatch.setenv("ROS_DOMAIN_ID", "91")
-    context = rclpy.Context()
-    rclpy.init(context=context)
-    node = rclpy.create_node("robot_under_test", context=context)
-    executor = rclpy.executors.SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    yield node, executor
-    executor.shutdown()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+def ros(ros_node: Callable[..., Any]) -> Iterator[tuple[Any, Any]]:
+    with ros_node("robot_under_test", 91) as made:
+        yield made
 
 
 def test_commands_over_topics_fulfil_the_task_and_time_goes_on(
