@@ -19,9 +19,15 @@ from trajectory_msgs.msg import JointTrajectory, JointTrajectoryPoint
 from groot_int8_ros.control.chunks import TimedChunk, shape_fault
 from groot_int8_ros.control.commitment import Commitment
 from groot_int8_ros.control.types import NANOSECONDS, Float64Array
-from groot_int8_ros.errors import ConfigurationError, ObservationError
+from groot_int8_ros.errors import ObservationError
 from groot_int8_ros.ros.executor_parameters import OutputParameters
-from groot_int8_ros.ros.field_map import FieldMap, FieldWriter, message_class, parse_fields
+from groot_int8_ros.ros.field_map import (
+    FieldMap,
+    FieldWriter,
+    message_class,
+    parse_joint_fields,
+    require_fields,
+)
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
 
@@ -63,22 +69,11 @@ class MeasuredPositions:
     def __init__(self, type_name: str, lines: Sequence[str], joints: Sequence[str]) -> None:
         self.message_type = message_class(type_name)
         self._map: FieldMap | None = None
-        fields = parse_fields(lines, "joint_state_fields")
-        if self.message_type is JointState:
-            if fields:
-                raise ConfigurationError(
-                    "parameter 'joint_state_fields' is for another message than "
-                    f"{type_name}, whose joints are found by their names; set "
-                    "'joint_state_type', or leave the fields out"
-                )
-            return
-        missing = [joint for joint in joints if joint not in fields]
-        if missing:
-            raise ConfigurationError(
-                f"parameter 'joint_state_fields' has no field for {', '.join(missing)}; add a "
-                f"line like '{missing[0]} = path.to.the[0].field'"
-            )
-        self._map = FieldMap(self.message_type, fields)
+        by_name = self.message_type is JointState
+        fields = parse_joint_fields(lines, type_name, found_by_name=by_name)
+        if not by_name:
+            require_fields(fields, joints)
+            self._map = FieldMap(self.message_type, fields)
 
     def read(self, message: Any, now_ns: int) -> tuple[Sequence[str], Sequence[float], int]:
         """Return the joints' names, their positions and the stamp in nanoseconds.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,12 +203,7 @@ class FieldStateReader:
         self._joints = {key: tuple(joints) for key, joints in state_joints.items()}
         self._topic = topic
         wanted = [joint.name for joints in self._joints.values() for joint in joints]
-        missing = [name for name in dict.fromkeys(wanted) if name not in fields]
-        if missing:
-            raise ConfigurationError(
-                f"parameter 'joint_state_fields' has no field for {', '.join(missing)}; add a "
-                f"line like '{missing[0]} = path.to.the[0].field'"
-            )
+        require_fields(fields, wanted)
         FieldMap(kind, fields)  # a wrong path is told also where the policy does not use it
         self._map = FieldMap(kind, {name: fields[name] for name in dict.fromkeys(wanted)})
         place = {name: index for index, name in enumerate(self._map.names)}
@@ -320,6 +315,46 @@ def parse_fields(lines: Sequence[str], parameter: str) -> dict[str, str]:
             raise ConfigurationError(f"parameter '{parameter}' names {name!r} twice")
         fields[name] = path
     return fields
+
+
+def parse_joint_fields(
+    lines: Sequence[str], type_name: str, *, found_by_name: bool
+) -> dict[str, str]:
+    """Parse the parameter `joint_state_fields`.
+
+    Args:
+        lines: As `parse_fields` takes them.
+        type_name: The parameter `joint_state_type`; named in errors.
+        found_by_name: Whether that is sensor_msgs/JointState, which needs no fields.
+
+    Raises:
+        ConfigurationError: As `parse_fields`, or there are fields that nothing would read.
+    """
+    fields = parse_fields(lines, "joint_state_fields")
+    if fields and found_by_name:
+        raise ConfigurationError(
+            f"parameter 'joint_state_fields' is for another message than {type_name}, whose "
+            "joints are found by their names; set 'joint_state_type', or leave the fields out"
+        )
+    return fields
+
+
+def require_fields(fields: Mapping[str, str], joints: Iterable[str]) -> None:
+    """Refuse a `joint_state_fields` that leaves a joint out.
+
+    Args:
+        fields: Joint name to path.
+        joints: Those whose position is needed.
+
+    Raises:
+        ConfigurationError: A joint has no field.
+    """
+    missing = [name for name in dict.fromkeys(joints) if name not in fields]
+    if missing:
+        raise ConfigurationError(
+            f"parameter 'joint_state_fields' has no field for {', '.join(missing)}; add a "
+            f"line like '{missing[0]} = path.to.the[0].field'"
+        )
 
 
 def _check(path: FieldPath, kind: type[Any], others: Collection[str] = ()) -> str:

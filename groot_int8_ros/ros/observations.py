@@ -18,9 +18,9 @@ from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.wait_for_message import wait_for_message
 from sensor_msgs.msg import CompressedImage, Image, JointState
 
-from groot_int8_ros.errors import ConfigurationError, FrozenImageError, ObservationError
+from groot_int8_ros.errors import FrozenImageError, ObservationError
 from groot_int8_ros.policy.types import Float32Array, JointSpec, Observation, UInt8Array
-from groot_int8_ros.ros.field_map import FieldStateReader, message_class, parse_fields
+from groot_int8_ros.ros.field_map import FieldStateReader, message_class, parse_joint_fields
 from groot_int8_ros.ros.frozen_images import FrozenImageWatch
 from groot_int8_ros.ros.images import load_bridge, rgb_from_compressed_image, rgb_from_image
 from groot_int8_ros.ros.joints import JointStateReader, stamp_ns
@@ -54,16 +54,13 @@ def _state_reader(
     kind: type[Any],
     topic: str,
 ) -> JointStateReader | FieldStateReader:
-    fields = parse_fields(parameters.joint_state_fields, "joint_state_fields")
-    if kind is not JointState:
-        return FieldStateReader(state_joints, kind, fields, topic)
-    if fields:
-        raise ConfigurationError(
-            "parameter 'joint_state_fields' is for another message than "
-            f"{parameters.joint_state_type}, whose joints are found by their names; set "
-            "joint_state_type, or leave the fields out"
-        )
-    return JointStateReader(state_joints, topic)
+    by_name = kind is JointState
+    fields = parse_joint_fields(
+        parameters.joint_state_fields, parameters.joint_state_type, found_by_name=by_name
+    )
+    if by_name:
+        return JointStateReader(state_joints, topic)
+    return FieldStateReader(state_joints, kind, fields, topic)
 
 
 def _ros_name(kind: type[Any]) -> str:
