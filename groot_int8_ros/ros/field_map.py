@@ -118,24 +118,28 @@ class FieldMap:
         kind: The message class.
         fields: Name to path; the order is that of the arrays.
 
+    Attributes:
+        names: The names.
+        paths: The path of each.
+        leaves: Type of the number at the end of each path, as the message class names it.
+        owners: Steps of a path to the name that it belongs to.
+
     Raises:
         ConfigurationError: A path does not fit the class, or two names have the same one.
     """
 
     def __init__(self, kind: type[Any], fields: Mapping[str, str]) -> None:
         self.names = tuple(fields)
-        self._kind = kind
-        self._paths = [FieldPath.parse(text) for text in fields.values()]
-        # Element type of each step that is indexed, for `write`; type of the number at the end.
-        self._leaves = [_check(path, kind) for path in self._paths]
-        owner: dict[tuple[tuple[str, int | None], ...], str] = {}
-        for name, path in zip(self.names, self._paths, strict=True):
-            if path.steps in owner:
+        self.paths = tuple(FieldPath.parse(text) for text in fields.values())
+        self.leaves = tuple(_check(path, kind) for path in self.paths)
+        self.owners: dict[tuple[tuple[str, int | None], ...], str] = {}
+        for name, path in zip(self.names, self.paths, strict=True):
+            if path.steps in self.owners:
                 raise ConfigurationError(
-                    f"{owner[path.steps]!r} and {name!r} are both in {path.text}; give each a "
-                    "field of its own"
+                    f"{self.owners[path.steps]!r} and {name!r} are both in {path.text}; give each "
+                    "a field of its own"
                 )
-            owner[path.steps] = name
+            self.owners[path.steps] = name
 
     def read(self, message: Any) -> Float64Array:
         """Return the fields' values, float64, shape (len(names),).
@@ -143,8 +147,8 @@ class FieldMap:
         Raises:
             ObservationError: A sequence of the message is shorter than an index.
         """
-        values = np.empty(len(self._paths), np.float64)
-        for place, path in enumerate(self._paths):
+        values = np.empty(len(self.paths), np.float64)
+        for place, path in enumerate(self.paths):
             value = message
             for name, index in path.steps:
                 value = getattr(value, name)
@@ -169,14 +173,14 @@ class FieldMap:
         Raises:
             ObservationError: A value does not go into its field: not finite, or out of its range.
         """
-        if np.shape(values) != (len(self._paths),):
-            raise ValueError(f"{len(self._paths)} values are needed, not {np.shape(values)}")
+        if np.shape(values) != (len(self.paths),):
+            raise ValueError(f"{len(self.paths)} values are needed, not {np.shape(values)}")
         # Everything is checked first, so that a message is written wholly or not at all.
         numbers = [
             _number(float(value), leaf, path.text)
-            for value, leaf, path in zip(values, self._leaves, self._paths, strict=True)
+            for value, leaf, path in zip(values, self.leaves, self.paths, strict=True)
         ]
-        for number, path in zip(numbers, self._paths, strict=True):
+        for number, path in zip(numbers, self.paths, strict=True):
             _set(message, path.steps, number)
 
 
@@ -263,22 +267,20 @@ class FieldWriter:
         parameter: str,
     ) -> None:
         self._map = FieldMap(kind, fields)
-        taken = {FieldPath.parse(text).steps: name for name, text in fields.items()}
-        for text in fields.values():
-            leaf = _check(FieldPath.parse(text), kind)
+        for path, leaf in zip(self._map.paths, self._map.leaves, strict=True):
             if leaf not in _FLOATS:
                 raise ConfigurationError(
-                    f"parameter '{parameter}': {text} is {leaf}, which would round a command; "
-                    "name a field of floating-point numbers"
+                    f"parameter '{parameter}': {path.text} is {leaf}, which would round a "
+                    "command; name a field of floating-point numbers"
                 )
         # One message for all commands: a class with fixed arrays takes milliseconds to make.
         self._message = kind()
         for text, value in constants.items():
             path = FieldPath.parse(text)
-            if path.steps in taken:
+            if path.steps in self._map.owners:
                 raise ConfigurationError(
-                    f"parameter '{parameter}': {text} is the field of {taken[path.steps]!r} and "
-                    "cannot be constant"
+                    f"parameter '{parameter}': {text} is the field of "
+                    f"{self._map.owners[path.steps]!r} and cannot be constant"
                 )
             _set(self._message, path.steps, _constant(value, _check(path, kind, _WORDS), text))
 
