@@ -39,6 +39,7 @@ from groot_int8_ros.policy.bundle import Bundle, Manifest
 from groot_int8_ros.policy.families import DEPLOYED, LARGE_GRAPHS
 from groot_int8_ros.policy.files import (
     atomic_file,
+    check_types,
     read_json,
     refuse_occupied,
     remove_leftovers,
@@ -50,7 +51,7 @@ SCHEMA_VERSION = 2
 INDEX_FILE = "capture.json"
 DEFAULT_SAMPLES_PER_SHARD = 16
 
-# What the index's JSON must hold, since Python would take anything.
+# What the index's JSON must hold.
 _META_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "checkpoint_sha256": str,
     "family": str,
@@ -688,7 +689,7 @@ def _read_index(folder: Path) -> Index:
 
 def _meta(content: Mapping[str, Any]) -> CaptureMeta:
     meta = CaptureMeta(**content)
-    _check_types(meta, _META_TYPES, "meta")
+    check_types(meta, _META_TYPES, " of meta")
     if meta.family not in LARGE_GRAPHS:
         raise ValueError(f"{meta.family!r:.80} is no family of graphs")
     return meta
@@ -703,16 +704,10 @@ def _shard(content: Mapping[str, Any]) -> Shard:
 
 def _sample_record(content: Mapping[str, Any], file: str) -> SampleRecord:
     record = SampleRecord(**{**content, "graphs": tuple(content["graphs"])})
-    _check_types(record, _SAMPLE_TYPES, f"a sample in {file}")
+    check_types(record, _SAMPLE_TYPES, f" of a sample in {file}")
     if not set(record.graphs) <= {graph for graphs in LARGE_GRAPHS.values() for graph in graphs}:
         raise ValueError(f"a sample in {file} has inputs of graphs that there are not")
     return record
-
-
-def _check_types(record: object, types: Mapping[str, type | tuple[type, ...]], where: str) -> None:
-    for name, kind in types.items():
-        if not isinstance(getattr(record, name), kind):
-            raise TypeError(f"{name} of {where} is of another type")
 
 
 def _shard_number(file: str) -> int:

@@ -1,9 +1,9 @@
 """Writing files so that a crash, a full disk or a Ctrl-C never leaves half of one.
 
-Owns: atomic writes, their repair after a kill, content hashes, and reading
-JSON and YAML that may be damaged. Must not import anything of the
-package but its errors. A writer works on a temporary name in the same folder and renames at the
-end; POSIX makes that rename atomic, so a reader sees the old content or the new, never a mixture.
+Owns: atomic writes, their repair after a kill, content hashes, and reading JSON and YAML that may
+be damaged. Must not import anything of the package but its errors. A writer works on a temporary
+name in the same folder and renames at the end; POSIX makes that rename atomic, so a reader sees
+the old content or the new, never a mixture.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,25 @@ def read_json(path: Path) -> Any:
     return content
 
 
+def check_types(
+    record: object, types: Mapping[str, type | tuple[type, ...]], where: str = ""
+) -> None:
+    """Refuse a record that JSON gave values of other types, which Python would take.
+
+    Args:
+        record: With an attribute for each name.
+        types: Attribute to what it has to be. Truth values are no whole numbers here.
+        where: Follows the attribute's name in the error.
+
+    Raises:
+        ValueError: An attribute is of another type.
+    """
+    for name, kind in types.items():
+        value = getattr(record, name)
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise ValueError(f"{name}{where} is of another type")
+
+
 def read_yaml(path: Path) -> Any:
     """Return what a YAML file holds: plain values, as `yaml.safe_load` gives them.
 
@@ -102,6 +121,7 @@ def read_yaml(path: Path) -> Any:
         raise ValueError(f"it is larger than {_LARGEST_YAML_BYTES >> 20} MiB")
     try:
         return yaml.load(data.decode("utf-8"), _PlainLoader)
+    # Of a date such as 2026-13-01 PyYAML's constructor raises ValueError itself.
     except yaml.YAMLError as error:
         raise ValueError(str(error)) from error
 

@@ -102,7 +102,6 @@ def load_robot(path: Path) -> RobotDescription:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"cannot read the robot description {path}: {error}") from error
     except ValueError as error:
-        # PyYAML lets a date such as 2026-13-01 through to its constructor's ValueError.
         raise ConfigurationError(
             f"the robot description {path} is not valid YAML: {error}"
         ) from error

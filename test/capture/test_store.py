@@ -344,6 +344,10 @@ def test_a_sample_that_lacks_what_the_index_promises_is_refused(
             "graphs that there are not",
         ),
         (
+            lie_in_index(lambda c: c["shards"][0]["samples"][0].update(position=True)),  # type: ignore[index]
+            "position of a sample in shard-00000.npz is of another type",
+        ),
+        (
             lie_in_index(lambda c: c["shards"][0].update(file="../shard-00000.npz")),  # type: ignore[index]
             "no shard's name",
         ),

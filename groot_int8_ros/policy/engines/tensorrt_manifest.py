@@ -23,14 +23,14 @@ from typing import Any
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.engines.cuda import Device
-from groot_int8_ros.policy.files import read_json, sha256_of_file
+from groot_int8_ros.policy.files import check_types, read_json, sha256_of_file
 
 ENGINE_SCHEMA_VERSION = 1
 ENGINE_FOLDER = "engines"
 ENGINE_SUFFIX = ".engine"
 # Boards of one name differ in memory; what the firmware sets aside differs by less than this.
 _SAME_MEMORY = 0.2
-# What the JSON must hold where a refusal looks at it, since Python would take anything.
+# What the JSON must hold where a refusal looks at it.
 _MANIFEST_TYPES: Mapping[str, type] = {
     "graph": str,
     "graph_sha256": dict,
@@ -163,10 +163,10 @@ def read_engine_manifest(path: Path, bundle: Path) -> EngineManifest:
             fields[name] = tuple(str(option) for option in fields[name])
         manifest = EngineManifest(**fields)
         for what, types in ((manifest, _MANIFEST_TYPES), (manifest.device, _DEVICE_TYPES)):
+            check_types(what, types)
             for name, kind in types.items():
-                value = getattr(what, name)
-                if not isinstance(value, kind) or (isinstance(value, int) and value >> 63):
-                    raise ValueError(f"{name} is of another kind")
+                if kind is int and getattr(what, name) >> 63:
+                    raise ValueError(f"{name} is negative, or has more than 63 bits")
         if manifest.graph not in manifest.graph_sha256:
             raise ValueError("it does not say which graph the engine was built from")
         return manifest
