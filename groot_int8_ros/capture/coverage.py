@@ -20,7 +20,7 @@ from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.policy.bundle import Manifest
 from groot_int8_ros.policy.files import atomic_file
-from groot_int8_ros.policy.preprocess import formalize
+from groot_int8_ros.policy.preprocess import task_text
 from groot_int8_ros.policy.processor import Processor, StateKey
 from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import Float64Array
@@ -176,7 +176,8 @@ def measure_coverage(store: CaptureStore, processor: Processor, manifest: Manife
     # What the robot may be told and no sample was is there, with none.
     instructions.update(dict.fromkeys(spelling.values(), 0))
     for sample in store.samples():
-        instructions[spelling.get(_told(processor, sample.instruction), sample.instruction)] += 1
+        told = task_text(sample.instruction, processor.formalize_language)
+        instructions[spelling.get(told, sample.instruction)] += 1
         for key, values in states.items():
             if key in sample.state:
                 values.append(sample.state[key])
@@ -210,15 +211,10 @@ def measure_coverage(store: CaptureStore, processor: Processor, manifest: Manife
     )
 
 
-def _told(processor: Processor, instruction: str) -> str:
-    """Return an instruction as the policy is told it: two that differ in case may be one."""
-    return formalize(instruction) if processor.formalize_language else instruction
-
-
 def _spelling(processor: Processor, manifest: Manifest) -> dict[str, str]:
     """Return the bundle's instructions, by what the policy is told."""
     bank = () if manifest.prompts is None else manifest.prompts.instructions
-    return {_told(processor, record.text): record.text for record in bank}
+    return {task_text(record.text, processor.formalize_language): record.text for record in bank}
 
 
 def _light(sample: CaptureSample, cameras: Sequence[str]) -> dict[str, tuple[float, float]]:

@@ -265,7 +265,13 @@ def formalize(instruction: str) -> str:
     return _NOT_A_WORD.sub("", instruction.lower())
 
 
-def _task(instruction: str, formalized: bool) -> str:
+def task_text(instruction: str, formalized: bool) -> str:
+    """Return an instruction as the policy is told it; two that differ in case may be one.
+
+    Args:
+        instruction: The task as the user gave it.
+        formalized: Whether it is formalized: the processor's `formalize_language`.
+    """
     return formalize(instruction) if formalized else instruction
 
 
@@ -286,7 +292,7 @@ def prompt_text(instruction: str, tokens_per_image: Sequence[int], formalize: bo
     )
     return (
         f"{_IM_START}system\nYou are a helpful assistant.{_IM_END}\n"
-        f"{_IM_START}user\n{_task(instruction, formalize)}{images}{_IM_END}\n"
+        f"{_IM_START}user\n{task_text(instruction, formalize)}{images}{_IM_END}\n"
     )
 
 
@@ -408,7 +414,7 @@ class PromptTokenizer:
                 f"{self._max_characters} allowed: every token costs memory and time. Shorten it "
                 "to the sentence that the policy was trained with."
             )
-        task = _task(instruction, formalized)
+        task = task_text(instruction, formalized)
         if not task.strip():
             raise ObservationError(
                 f"the instruction {instruction!r} is empty"
