@@ -201,7 +201,7 @@ class InferenceWorker:
         self._buffer.mark_used(found)
         try:
             with self._record.inferring():
-                hold = self._infer_and_publish(found, instruction, parameters.seed)
+                hold = self._infer_and_publish(found, instruction, parameters.seed, period_s)
         except FrozenImageError as error:
             hold = Hold(FROZEN, str(error))
         except ObservationError as error:
@@ -228,7 +228,9 @@ class InferenceWorker:
             self._record.held(hold)
             self._log(hold)
 
-    def _infer_and_publish(self, snapshot: Snapshot, instruction: str, seed: int) -> Hold | None:
+    def _infer_and_publish(
+        self, snapshot: Snapshot, instruction: str, seed: int, period_s: float
+    ) -> Hold | None:
         newest_s = max(sample.arrival_s for sample in snapshot.samples.values())
         wait_s = time.monotonic() - newest_s
         started_s = time.perf_counter()
@@ -253,12 +255,7 @@ class InferenceWorker:
             self._host.publish(chunk, snapshot, instruction, self._record.chunks)
             latency_s = time.perf_counter() - started_s
             self._record.published(chunk.timings_s, rows, clipped)
-            self._record.paced(
-                float(chunk.time_from_start_s[-1]),
-                latency_s,
-                age_s,
-                1.0 / self._host.parameters().inference_rate_hz,
-            )
+            self._record.paced(float(chunk.time_from_start_s[-1]), latency_s, age_s, period_s)
         return None
 
     def _committed(self, snapshot: Snapshot) -> CommittedActions | None:
