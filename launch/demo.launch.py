@@ -40,7 +40,12 @@ def _start(context: LaunchContext) -> list[object]:
         return str(LaunchConfiguration(name).perform(context))
 
     if not given("bundle"):
-        whole = _whole_demonstration(given("output") or "demo_output", given("episodes"))
+        # It makes the bundles, and starts both nodes and the robot with each, stepped.
+        whole = _tool(
+            "demonstration",
+            *("demo", "--output", given("output") or "demo_output"),
+            *("--episodes", given("episodes")),
+        )
         ends = OnProcessExit(target_action=whole, on_exit=_end("the demonstration"))
         return [RegisterEventHandler(ends), whole]
     stepped = given("stepped").lower()
@@ -66,18 +71,13 @@ def _start(context: LaunchContext) -> list[object]:
             ("policy_node", "policy_node", {"bundle": given("bundle")}),
         )
     ]
-    robot = ExecuteProcess(
-        cmd=[
-            *(sys.executable, "-m", "offline_tools.cli", "simulate", "--enable"),
-            *("--episodes", given("episodes"), "--first-seed", given("first_seed")),
-            *(["--stepped"] if stepped == "true" else []),
-            *(["--output", given("output")] if given("output") else []),
-            *(["--film", given("film")] if given("film") else []),
-        ],
-        name="simulated_robot",
-        output="both",
-        sigterm_timeout=_STOP_TIMEOUT_S,
-        sigkill_timeout=_STOP_TIMEOUT_S,
+    robot = _tool(
+        "simulated_robot",
+        *("simulate", "--enable"),
+        *("--episodes", given("episodes"), "--first-seed", given("first_seed")),
+        *(["--stepped"] if stepped == "true" else []),
+        *(["--output", given("output")] if given("output") else []),
+        *(["--film", given("film")] if given("film") else []),
     )
     return [
         RegisterEventHandler(OnProcessExit(target_action=robot, on_exit=_end("the robot"))),
@@ -87,14 +87,11 @@ def _start(context: LaunchContext) -> list[object]:
     ]
 
 
-def _whole_demonstration(output: str, episodes: str) -> ExecuteProcess:
-    """Return what makes the bundles and starts both nodes and the robot with each, stepped."""
+def _tool(name: str, *words: str) -> ExecuteProcess:
+    """Return a process that runs `groot-int8` with these words."""
     return ExecuteProcess(
-        cmd=[
-            *(sys.executable, "-m", "offline_tools.cli", "demo"),
-            *("--output", output, "--episodes", episodes),
-        ],
-        name="demonstration",
+        cmd=[sys.executable, "-m", "offline_tools.cli", *words],
+        name=name,
         output="both",
         sigterm_timeout=_STOP_TIMEOUT_S,
         sigkill_timeout=_STOP_TIMEOUT_S,
