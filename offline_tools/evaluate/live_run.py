@@ -7,8 +7,7 @@ would on a robot.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,23 +41,14 @@ class LiveRun:
     Attributes:
         chunks: In the order of their arrival.
         statuses: The last diagnostic status of each name: (level, message).
-        wall_s: From the player's start to its end.
-        node_peak_bytes: Largest resident memory of the node's process.
     """
 
     chunks: tuple[LiveChunk, ...]
     statuses: Mapping[str, tuple[int, str]]
-    wall_s: float
-    node_peak_bytes: int
 
 
 def run_live(
-    bag: Path,
-    parameters: Mapping[str, Any],
-    folder: Path,
-    *,
-    rate: float = 1.0,
-    report: Callable[[str], None] = print,
+    bag: Path, parameters: Mapping[str, Any], folder: Path, *, rate: float = 1.0
 ) -> LiveRun:
     """Start the node, play a bag to it and collect its chunks.
 
@@ -68,7 +58,6 @@ def run_live(
             are added.
         folder: Where `parameters.yaml` and both processes' logs go.
         rate: Speed of the bag.
-        report: Called with a line of progress at a time.
 
     Raises:
         LiveRunError: A process did not start, failed, or did not stop; the message names its log.
@@ -92,21 +81,12 @@ def run_live(
             [*node_command, str(parameter_file)], folder / "policy_node.log"
         ) as node:
             recorder.wait_until_active(node)
-            report(f"policy_node is active (process {node.pid})")
-            start = time.monotonic()
             with node_process(play_command, folder / "play_bag.log") as player:
                 while player.poll() is None:
                     recorder.spin(0.1)
                     node.check_running()
                 if player.poll() != 0:
                     raise player.failure(f"ended with exit code {player.poll()}")
-            wall = time.monotonic() - start
             recorder.spin(_SETTLE_S)
-            peak = node.peak_memory()
             node.stop()
-        return LiveRun(
-            chunks=recorder.chunks(),
-            statuses=recorder.statuses,
-            wall_s=wall,
-            node_peak_bytes=peak,
-        )
+        return LiveRun(chunks=recorder.chunks(), statuses=recorder.statuses)

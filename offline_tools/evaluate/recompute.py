@@ -35,14 +35,11 @@ class Recomputed:
 
     Attributes:
         published: As it came over DDS.
-        chunk: What `Policy.infer` gives for the same frames.
-        frame: Index of the joint state's frame in the episode.
-        max_error: Largest absolute difference of a joint target, in the units of ROS messages.
+        max_error: Largest absolute difference of a joint target from what `Policy.infer` gives for
+            the same frames, in the units of ROS messages.
     """
 
     published: LiveChunk
-    chunk: ActionChunk
-    frame: int
     max_error: float
 
 
@@ -86,20 +83,13 @@ def recompute(
             seed=chunk.info["seed"],
             committed=CommittedActions.from_dict(committed) if committed else None,
         )
-        error = np.abs(joint_targets(policy, computed) - chunk.positions)
-        results.append(
-            Recomputed(
-                published=chunk,
-                chunk=computed,
-                frame=row,
-                # np.max keeps a NaN, which then fails every tolerance.
-                max_error=float(np.max(error)),
-            )
-        )
+        error = np.abs(_joint_targets(policy, computed) - chunk.positions)
+        # np.max keeps a NaN, which then fails every tolerance.
+        results.append(Recomputed(published=chunk, max_error=float(np.max(error))))
     return results
 
 
-def joint_targets(policy: Policy, chunk: ActionChunk) -> Float64Array:
+def _joint_targets(policy: Policy, chunk: ActionChunk) -> Float64Array:
     """Return a chunk as joint positions in the units of ROS messages, (steps, joints)."""
     return np.concatenate(
         [
