@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
 from pathlib import Path
 from typing import cast
@@ -17,6 +18,7 @@ from typing import cast
 import av
 import av.error
 import numpy as np
+from av.codec.context import CodecContext
 from av.video.stream import VideoStream
 
 from groot_int8_ros.errors import ConfigurationError, DatasetError
@@ -111,8 +113,7 @@ def write_rgb_frames(
                     )
                     stream.height, stream.width = image.shape[:2]
                     stream.pix_fmt = "yuv420p"
-                    with _scheduling_kept():
-                        stream.codec_context.open()
+                    _open_without_real_time_threads(stream.codec_context)
                 frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
                 container.mux(stream.encode(frame))
                 written += 1
@@ -128,21 +129,21 @@ def write_rgb_frames(
     return written
 
 
-@contextlib.contextmanager
-def _scheduling_kept() -> Iterator[None]:
-    """Undo what SVT-AV1 does to the scheduling of this process when it is opened.
+def _open_without_real_time_threads(encoder: CodecContext) -> None:
+    """Open an encoder, and undo what SVT-AV1 does to the scheduling of this process then.
 
     Where it may (as root, so in most containers), it makes its own threads and the one that opens
     it real-time threads of the highest priority. Every thread and process that is started later
     inherits that: together they shut out all else, and one that is busy shuts out the others.
     """
     before = _real_time_threads()
-    try:
-        yield
-    finally:
-        for thread in _real_time_threads() - before:
-            with contextlib.suppress(ProcessLookupError):
-                os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
+    # A thread that ends here: the C library remembers the priority of one that goes on, and Fast
+    # DDS gives its own threads what it remembers.
+    with ThreadPoolExecutor(1) as opener:
+        opener.submit(encoder.open).result()
+    for thread in _real_time_threads() - before:
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setscheduler(thread, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _real_time_threads() -> set[int]:
