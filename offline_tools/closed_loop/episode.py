@@ -50,7 +50,7 @@ class ChunkPolicy(Protocol):
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:

@@ -75,7 +75,7 @@ class NodePolicy:
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:
@@ -83,7 +83,6 @@ class NodePolicy:
 
         Args:
             observation: Published as it is, joint values in radians.
-            noise: Drawn by the node.
             seed: The node's own parameter decides; this one is not sent.
             committed: The node hears of them from the executor node alone.
 

@@ -57,7 +57,7 @@ class TorchPolicy:
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:

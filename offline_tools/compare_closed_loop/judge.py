@@ -38,7 +38,7 @@ class JudgedPolicy:
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:

@@ -88,7 +88,7 @@ class _Promises:
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:

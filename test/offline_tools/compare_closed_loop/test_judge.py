@@ -23,7 +23,7 @@ class _Offset:
     def infer(
         self,
         observation: Observation,
-        noise: None = None,
+        *,
         seed: int | None = None,
         committed: CommittedActions | None = None,
     ) -> ActionChunk:
