@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,12 +16,11 @@ import numpy as np
 
 from groot_int8_ros.control.seams import SEAM_KINDS, SeamSettings
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.policy.bundle import MANIFEST_FILE
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.closed_loop.episode import ChunkPolicy, LoopSettings, run_episode
-from offline_tools.closed_loop.results import Results
+from offline_tools.closed_loop.results import Results, digest_of_model
 from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.film import film_strip
@@ -142,9 +140,8 @@ def _policy(
     if args.bundle:
         policy = Policy.load(args.bundle, denoising_steps=args.denoising_steps)
         closing.callback(policy.close)
-        digest = hashlib.sha256((args.bundle / MANIFEST_FILE).read_bytes()).hexdigest()
         return policy, {
-            "bundle": digest,
+            "bundle": digest_of_model(args.bundle),
             "denoising_steps": policy.manifest.denoising_steps,
         }
     if args.node:
@@ -156,9 +153,8 @@ def _policy(
     from offline_tools.closed_loop.torch_policy import TorchPolicy
 
     torch_policy = TorchPolicy(args.checkpoint, robot_description(), args.denoising_steps)
-    digest = hashlib.sha256((args.checkpoint / "model.safetensors").read_bytes()).hexdigest()
     return torch_policy, {
-        "checkpoint": digest,
+        "checkpoint": digest_of_model(args.checkpoint),
         "denoising_steps": torch_policy.denoising_steps,
     }
 

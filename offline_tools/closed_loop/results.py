@@ -1,7 +1,8 @@
 """The file that the finished episodes of one setup are kept in, one JSON line each.
 
-Owns: `Results`. The first line says what was run; results of anything else are refused, so that an
-interrupted run can be gone on with and two setups are never mixed.
+Owns: `Results`, and the hash that tells a model in a setup. Must not import torch. The first line
+says what was run; results of anything else are refused, so that an interrupted run can be gone on
+with and two setups are never mixed.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import MANIFEST_FILE
+from groot_int8_ros.policy.files import sha256_of_file
+from offline_tools.model.configuration import SINGLE_FILE
 
 
 class Results:
@@ -64,3 +68,9 @@ def read_results(path: Path) -> tuple[dict[str, Any], dict[int, dict[str, Any]]]
         raise ConfigurationError(
             f"{path} is no file of closed-loop results ({error!r}): delete it"
         ) from error
+
+
+def digest_of_model(folder: Path) -> str:
+    """Return the hash that tells a model in a setup: of a bundle's manifest, or of the weights."""
+    manifest = folder / MANIFEST_FILE
+    return sha256_of_file(manifest if manifest.exists() else folder / SINGLE_FILE)

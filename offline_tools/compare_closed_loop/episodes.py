@@ -7,7 +7,6 @@ a time, an episode a line, so an interrupted comparison goes on where it was.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import multiprocessing
 import signal
 from collections.abc import Callable, Iterable
@@ -21,10 +20,9 @@ from groot_int8_ros.control.seams import SeamSettings
 from groot_int8_ros.policy.bundle import MANIFEST_FILE
 from groot_int8_ros.policy.policy import Policy
 from offline_tools.closed_loop.episode import ChunkPolicy, LoopSettings, run_episode
-from offline_tools.closed_loop.results import Results
+from offline_tools.closed_loop.results import Results, digest_of_model
 from offline_tools.compare_closed_loop.judge import JudgedPolicy
 from offline_tools.compare_closed_loop.plan import OWN_STEPS, Cell
-from offline_tools.model.checkpoint import SINGLE_FILE
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.robot import robot_description
 from offline_tools.simulation.tasks import TASKS
@@ -106,9 +104,9 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> tuple[int,
     cell = job.cell
     settings = LoopSettings(latency_s=cell.latency_s, seam=SeamSettings(cell.seam), seed=job.seed)
     setup = {
-        "model": _digest(job.model),
+        "model": digest_of_model(job.model),
         "denoising_steps": cell.denoising_steps,
-        "judged_by": _digest(job.reference) if cell.judged else None,
+        "judged_by": digest_of_model(job.reference) if cell.judged else None,
         **asdict(settings),
     }
     job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -146,9 +144,3 @@ def _load(model: Path, steps: int, closing: contextlib.ExitStack) -> ChunkPolicy
 
     torch.set_num_threads(1)
     return TorchPolicy(model, robot_description(), steps)
-
-
-def _digest(model: Path) -> str:
-    manifest = model / MANIFEST_FILE
-    content = manifest if manifest.exists() else model / SINGLE_FILE
-    return hashlib.sha256(content.read_bytes()).hexdigest()

@@ -33,8 +33,8 @@ from torch import Tensor
 
 from groot_int8_ros.errors import CheckpointError, ConfigurationError
 from groot_int8_ros.policy.files import atomic_directory
-from offline_tools.model.checkpoint import INDEX_FILE, SINGLE_FILE, CheckpointReader
-from offline_tools.model.configuration import ModelConfig
+from offline_tools.model.checkpoint import CheckpointReader
+from offline_tools.model.configuration import INDEX_FILE, SINGLE_FILE, ModelConfig
 
 _VISION = "backbone.model.vision_model.vision_model.encoder.layers"
 _CONNECTOR = "backbone.model.mlp1"

@@ -28,14 +28,13 @@ from torch import Tensor, nn
 from groot_int8_ros.errors import CheckpointError
 from groot_int8_ros.policy.files import leads_outside, read_json
 from offline_tools.model.configuration import (
+    INDEX_FILE,
+    SINGLE_FILE,
     ModelConfig,
     find_eagle_config,
     load_model_config,
 )
 from offline_tools.model.policy_model import GrootN16
-
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 
 _SUPPORTED_DTYPES = {"BF16": 2, "F16": 2, "F32": 4}
 _LENGTH_BYTES = 8

@@ -27,6 +27,9 @@ from groot_int8_ros.policy.files import read_json
 CONFIG_FILE = "config.json"
 EAGLE_CONFIG_FILE = "eagle_config.json"
 PROCESSOR_CONFIG_FILE = "processor_config.json"
+# The weights: in one file, or the index of several.
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)

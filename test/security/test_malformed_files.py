@@ -341,8 +341,8 @@ def _checkpoint(folder: Path, golden_dir: Path) -> dict[str, Case]:
     torch = pytest.importorskip("torch", reason="checkpoints are read with torch")
     from safetensors.torch import save_file
 
-    from offline_tools.model.checkpoint import INDEX_FILE as SHARDS
     from offline_tools.model.checkpoint import CheckpointReader
+    from offline_tools.model.configuration import INDEX_FILE as SHARDS
     from offline_tools.model.configuration import load_model_config
 
     save_file({"a": torch.zeros(2, 3), "b": torch.ones(4)}, folder / "one.safetensors")
@@ -560,8 +560,8 @@ def test_a_link_out_of_the_bundle_is_not_followed(bundle: Path, tmp_path: Path) 
 
 def test_an_index_of_shards_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     pytest.importorskip("torch", reason="checkpoints are read with torch")
-    from offline_tools.model.checkpoint import INDEX_FILE as SHARDS
     from offline_tools.model.checkpoint import CheckpointReader
+    from offline_tools.model.configuration import INDEX_FILE as SHARDS
 
     for name in ("../model.safetensors", "/etc/passwd"):
         (tmp_path / SHARDS).write_text(json.dumps({"weight_map": {"a": name}}))
