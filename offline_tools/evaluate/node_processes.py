@@ -25,6 +25,7 @@ import numpy as np
 from groot_int8_ros.errors import GrootError
 from groot_int8_ros.policy.types import Float64Array
 from offline_tools.bags.dds import LARGE_IMAGE_TRANSPORTS, TRANSPORTS_VARIABLE
+from offline_tools.benchmark.memory import process_memory
 
 _NODE_NAME = "policy_node"
 _ENGINE_STATUS = f"{_NODE_NAME}: engine"
@@ -118,11 +119,10 @@ class NodeProcess:
 
     def peak_memory(self) -> int:
         """Return its largest resident memory so far, bytes."""
-        status = Path(f"/proc/{self.pid}/status").read_text(encoding="utf-8")
-        found = [line for line in status.splitlines() if line.startswith("VmHWM:")]
-        if not found:
-            raise LiveRunError(f"/proc/{self.pid}/status does not tell the process's peak memory")
-        return int(found[0].split()[1]) * 1024
+        try:
+            return process_memory("VmHWM", self.pid)
+        except RuntimeError as error:  # it has ended
+            raise self.failure("does not tell its peak memory") from error
 
     def end(self) -> None:
         """End it, whatever it does; a killed one leaves shared memory behind, so it is asked."""
