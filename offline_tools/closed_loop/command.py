@@ -25,7 +25,7 @@ from offline_tools.closed_loop.statistics import wilson_interval
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.film import film_strip
 from offline_tools.simulation.robot import robot_description
-from offline_tools.simulation.tasks import TASKS, other_task
+from offline_tools.simulation.tasks import TASKS, other_task, task_of
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +116,7 @@ def _run_one(
     settings: LoopSettings,
 ) -> dict[str, Any]:
     """Run the episode of a seed, whose task follows from it."""
-    asked = TASKS[number % len(TASKS)]
+    asked = task_of(number)
     told = other_task(asked, number // len(TASKS)) if args.wrong_instruction else asked
     film: list[Mapping[str, UInt8Array]] = []
 

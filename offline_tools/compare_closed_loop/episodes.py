@@ -25,7 +25,7 @@ from offline_tools.compare_closed_loop.judge import JudgedPolicy
 from offline_tools.compare_closed_loop.plan import OWN_STEPS, Cell
 from offline_tools.simulation.environment import Tabletop
 from offline_tools.simulation.robot import robot_description
-from offline_tools.simulation.tasks import TASKS
+from offline_tools.simulation.tasks import task_of
 
 _JUDGED_EVERY = 3
 _stop: Event | None = None
@@ -124,7 +124,7 @@ def run_job(job: Job, stopped: Callable[[], bool] = lambda: False) -> tuple[int,
             for seed in missing:
                 if stopped():
                     break
-                task = TASKS[seed % len(TASKS)]
+                task = task_of(seed)
                 result = run_episode(simulation, policy, seed, task, task, settings)
                 line: dict[str, Any] = {"seed": seed, **asdict(result)}
                 results.add(line | (judged.take_errors() if judged else {}))

@@ -19,7 +19,7 @@ from groot_int8_ros.policy.types import UInt8Array
 from offline_tools.arguments import not_negative_float, positive_float, positive_int, seed
 from offline_tools.bags.play_bag import StopSignals
 from offline_tools.simulation.film import film_strip
-from offline_tools.simulation.tasks import TASKS, parse_task
+from offline_tools.simulation.tasks import parse_task, task_of
 
 _SIGNALLED = 128
 _NO_NODE = 1
@@ -130,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
                 print("no command arrived: is chunk_executor active and enabled?", flush=True)
                 return _NO_NODE
             for number in range(args.first_seed, args.first_seed + args.episodes):
-                task = fixed or TASKS[number % len(TASKS)]
+                task = fixed or task_of(number)
                 film: list[Mapping[str, UInt8Array]] = []
                 filmed = args.film is not None and number == args.first_seed
                 result = robot.episode(

@@ -22,7 +22,7 @@ from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.preprocess import PromptTokenizer, image_sizes
 from groot_int8_ros.policy.types import Float32Array, UInt8Array
 from offline_tools.simulation.robot import FRAME_SIZES
-from offline_tools.simulation.tasks import TASKS, Task, other_task
+from offline_tools.simulation.tasks import TASKS, Task, other_task, task_of
 from offline_tools.training.checkpoint import (
     processor,
     processor_files,
@@ -288,7 +288,7 @@ class _Loop:
 
 def rollout(seed: int, *, wrong: bool = False) -> Rollout:
     """Return the episode of a seed: its task follows from the seed, as does the wrong one."""
-    asked = TASKS[seed % len(TASKS)]
+    asked = task_of(seed)
     return Rollout(seed, asked, other_task(asked, seed // len(TASKS)) if wrong else asked)
 
 
