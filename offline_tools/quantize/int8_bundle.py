@@ -423,7 +423,10 @@ class _Job:
 
 
 class _Candidates:
-    """Plans written and run, each graph only when its own plan has changed."""
+    """Plans written and run, each graph only when its own plan has changed.
+
+    Once a search has ended, its plan is usually the last one that was checked.
+    """
 
     def __init__(self, job: _Job, runner: ActionRunner, folder: Path) -> None:
         self._job = job
@@ -433,6 +436,7 @@ class _Candidates:
         self._reference = runner.actions(self._float_features)
         self._plans: GraphPlans = {graph: {} for graph in job.graphs}
         self._features: Features = self._float_features
+        self._errors: ActionErrors | None = None
         self.paths: dict[str, Path] = {}
 
     def errors(self, plans: GraphPlans) -> ActionErrors:
@@ -442,6 +446,7 @@ class _Candidates:
             plan = dict(plans.get(graph, {}))
             if plan == self._plans[graph]:
                 continue
+            self._errors = None
             self._plans[graph] = plan
             path = self._folder / self._job.file_name(graph)
             if plan:
@@ -451,8 +456,10 @@ class _Candidates:
                 self.paths.pop(graph, None)
             if graph == backbone:
                 self._features = self._runner.features(path) if plan else self._float_features
-        found = self._runner.actions(self._features, self.paths.get(head))
-        return self._runner.compare(self._reference, found)
+        if self._errors is None:
+            found = self._runner.actions(self._features, self.paths.get(head))
+            self._errors = self._runner.compare(self._reference, found)
+        return self._errors
 
     def clear(self) -> None:
         """Remove what was written."""
