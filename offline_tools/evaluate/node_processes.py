@@ -109,13 +109,25 @@ class NodeProcess:
 
     def stop(self) -> None:
         """Ask with SIGINT, as a terminal does, and expect a clean end."""
-        self._process.send_signal(signal.SIGINT)
-        try:
-            code = self._process.wait(_STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            raise self.failure(f"did not stop within {_STOP_TIMEOUT_S:.0f} s") from None
+        self.send_signal(signal.SIGINT)
+        code = self.wait(_STOP_TIMEOUT_S)
         if code != 0:
             raise self.failure(f"stopped with exit code {code}")
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        self._process.send_signal(number)
+
+    def wait(self, timeout_s: float) -> int:
+        """Return the exit code once it has ended.
+
+        Raises:
+            LiveRunError: It has not in time.
+        """
+        try:
+            return self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise self.failure(f"did not stop within {timeout_s:.0f} s") from None
 
     def peak_memory(self) -> int:
         """Return its largest resident memory so far, bytes."""

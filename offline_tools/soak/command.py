@@ -17,8 +17,6 @@ import argparse
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -27,9 +25,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from groot_int8_ros.errors import ConfigurationError, EngineError
+from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from offline_tools.arguments import positive_float
+from offline_tools.evaluate.node_processes import NodeProcess, node_process
 from offline_tools.executor_params.command import parameters as executor_parameters
 from offline_tools.soak.report import Outcome, faults, lines
 from offline_tools.soak.samples import Sample, read_sample
@@ -101,9 +100,8 @@ def run(args: argparse.Namespace) -> int:
 def _soak(args: argparse.Namespace, bundle: Bundle, listener: Listener, folder: Path) -> Outcome:
     from lifecycle_msgs.msg import Transition
 
-    processes = _Processes(folder)
     with contextlib.ExitStack() as stack:
-        stack.callback(processes.kill)
+        processes = _Processes(folder, stack)
         # The executor is there before the first chunk, so that it has to hear all of them.
         processes.node("chunk_executor", _executor_parameters(bundle))
         processes.node("policy_node", _policy_parameters(args, bundle))
@@ -188,24 +186,20 @@ def _policy_parameters(args: argparse.Namespace, bundle: Bundle) -> dict[str, An
 
 
 class _Processes:
-    """The nodes and the cameras."""
+    """The nodes and the cameras; they end with the stack."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, stack: contextlib.ExitStack) -> None:
         self._folder = folder
-        self._all: dict[str, subprocess.Popen[bytes]] = {}
-        self.nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stack = stack
+        self._all: list[NodeProcess] = []
+        self.nodes: dict[str, NodeProcess] = {}
 
-    def start(self, name: str, module: str, *words: str) -> subprocess.Popen[bytes]:
+    def start(self, name: str, module: str, *words: str) -> NodeProcess:
         """Start a module as a process, whose output is kept for an error's message."""
-        with self._log(name).open("wb") as log:
-            self._all[name] = subprocess.Popen(
-                [sys.executable, "-m", module, *words],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # As services are: the kernel's scheduler shares the processor among sessions.
-                start_new_session=True,
-            )
-        return self._all[name]
+        log = self._folder / f"{name.replace('/', '_')}.log"
+        # In sessions of their own, as services are: the kernel shares the processor among these.
+        self._all.append(self._stack.enter_context(node_process(["-m", module, *words], log)))
+        return self._all[-1]
 
     def node(self, name: str, parameters: Mapping[str, Any]) -> None:
         """Start one of the package's nodes."""
@@ -216,28 +210,11 @@ class _Processes:
 
     def check(self) -> None:
         """Raise where a process has ended."""
-        for name, process in self._all.items():
-            if process.poll() is not None:
-                raise EngineError(
-                    f"{name} has ended with {process.returncode}: {self._last(name)}"
-                )
+        for process in self._all:
+            process.check_running()
 
     def terminate(self) -> dict[str, int]:
         """End the nodes with SIGTERM and return their exit codes."""
         for process in self.nodes.values():
             process.send_signal(signal.SIGTERM)
         return {name: process.wait(_STEP_S) for name, process in self.nodes.items()}
-
-    def kill(self) -> None:
-        """End everything."""
-        for process in self._all.values():
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-    def _log(self, name: str) -> Path:
-        return self._folder / f"{name.replace('/', '_')}.txt"
-
-    def _last(self, name: str) -> str:
-        said = self._log(name).read_text(errors="replace").strip()
-        return (said or "it said nothing").splitlines()[-1]
