@@ -11,20 +11,17 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
 import rclpy
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
@@ -32,7 +29,6 @@ from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
-from std_srvs.srv import Trigger
 
 from groot_int8_ros.calibration_recorder_node import CalibrationRecorderNode
 from groot_int8_ros.capture.inference import run_on
@@ -46,8 +42,8 @@ from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.run import capture, complete
 
-DEADLINE_S = 120.0
-PERIOD_S = 0.1
+from .nodes import DEADLINE_S, Listener, NodeProcess
+
 # Another range than the other node tests' domains: suites may run side by side.
 DOMAIN_ID = 1 + (os.getpid() + 50) % 100
 SEED = 11
@@ -62,12 +58,13 @@ def policy(tiny_bundle: Path) -> Iterator[Policy]:
     loaded.close()
 
 
-class Robot:
+class Robot(Listener):
     """Publishes cameras and joints, and remembers what it published by stamp."""
 
+    period_s = 0.1
+
     def __init__(self, node: Node, executor: SingleThreadedExecutor, policy: Policy) -> None:
-        self.node = node
-        self._executor = executor
+        super().__init__(node, executor, RECORDER, ("pause", "resume", "finish"))
         self._policy = policy
         self._random = np.random.default_rng(3)
         self._cameras = {
@@ -78,11 +75,6 @@ class Robot:
         self._instruction = node.create_publisher(String, "/instruction", 5)
         self._clock = node.create_publisher(Clock, "/clock", 5)
         self.published: dict[int, Observation] = {}
-        self.statuses: dict[str, DiagnosticStatus] = {}
-        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
-
-    def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        self.statuses |= {status.name: status for status in message.status}
 
     def observe(self, stamp: int | None = None, instruction: str = "pick up the cube") -> int:
         """Publish one observation; with a stamp, /clock says that stamp too."""
@@ -122,39 +114,9 @@ class Robot:
             publisher.publish(message)
         return stamp
 
-    def spin(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self._executor.spin_once(timeout_sec=left)
-
-    def until(
-        self, met: Callable[[], Any], what: str, publish: Callable[[], object] = lambda: None
-    ) -> None:
-        end = time.monotonic() + DEADLINE_S
-        while not met():
-            if time.monotonic() > end:
-                said = {name: status.message for name, status in self.statuses.items()}
-                pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {said}")
-            publish()
-            self.spin(PERIOD_S)
-
-    def call(self, service: str) -> Trigger.Response:
-        client: Any = self.node.create_client(Trigger, f"/{RECORDER}/{service}")
-        self.until(client.service_is_ready, f"service {service}")
-        future = client.call_async(Trigger.Request())
-        self.until(future.done, f"answer of {service}")
-        self.node.destroy_client(client)
-        return future.result()
-
     @property
     def said(self) -> str:
-        status = self.statuses.get(f"{RECORDER}: recorder")
-        return status.message if status else ""
-
-    def value(self, key: str) -> int:
-        status = self.statuses.get(f"{RECORDER}: recorder")
-        values = {item.key: item.value for item in status.values} if status else {}
-        return int(values.get(key, 0))
+        return self.status("recorder")
 
 
 @pytest.fixture
@@ -163,47 +125,17 @@ def robot(ros_node: Callable[..., Any], policy: Policy) -> Iterator[Robot]:
         yield Robot(node, executor, policy)
 
 
-class Started:
-    """A node in a process of its own."""
-
-    def __init__(self, module: str, folder: Path, parameters: dict[str, object]) -> None:
-        folder.mkdir()
-        file = folder / "parameters.yaml"
-        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
-        self._log = folder / "log.txt"
-        command = [sys.executable, "-m", f"groot_int8_ros.{module}"]
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [*command, "--ros-args", "--params-file", str(file)],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ
-                | {
-                    "ROS_DOMAIN_ID": str(DOMAIN_ID),
-                    "OMP_NUM_THREADS": "1",
-                    "FASTDDS_BUILTIN_TRANSPORTS": "UDPv4",
-                },
-            )
-
-    def text(self) -> str:
-        return self._log.read_text()
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(DEADLINE_S)
-
-
-Start = Callable[..., Started]
+Start = Callable[..., NodeProcess]
 
 
 @pytest.fixture
 def start(tmp_path: Path, tiny_bundle: Path) -> Iterator[Start]:
-    started: list[Started] = []
+    started: list[NodeProcess] = []
 
     def begin(
         module: str = "calibration_recorder_node",
         **changes: object,
-    ) -> Started:
+    ) -> NodeProcess:
         parameters: dict[str, object] = {
             "bundle": str(tiny_bundle),
             "threads": 1,
@@ -218,14 +150,12 @@ def start(tmp_path: Path, tiny_bundle: Path) -> Iterator[Start]:
         if module == "calibration_recorder_node":
             parameters |= {"output": str(tmp_path / "store"), "samples_per_shard": 2}
         folder = tmp_path / f"node{len(started)}"
-        started.append(Started(module, folder, parameters | changes))
+        started.append(NodeProcess(module, folder, parameters | changes, DOMAIN_ID))
         return started[-1]
 
     yield begin
     for node in started:
-        if node.process.poll() is None:
-            node.process.kill()
-            node.process.wait()
+        node.kill()
 
 
 @pytest.fixture(autouse=True)
@@ -250,12 +180,14 @@ def test_recorded_chunks_are_completed_to_what_the_policy_computes_bit_for_bit(
     recorder = start(samples=6)
     robot.until(lambda: "no chunk of policy_node" in robot.said, "the recorder's complaint")
     start("policy_node")
-    robot.until(lambda: robot.value("offered") >= 9, "nine paired chunks", robot.observe)
-    answer = robot.call("finish")
+    robot.until(
+        lambda: robot.count("recorder", "offered") >= 9, "nine paired chunks", robot.observe
+    )
+    answer = robot.trigger("finish")
     assert answer.success, answer.message
     assert answer.message.startswith("6 samples of ")
-    assert robot.call("finish").success
-    assert not robot.call("resume").success
+    assert robot.trigger("finish").success
+    assert not robot.trigger("resume").success
     assert recorder.end(signal.SIGINT) == 0
     assert "Traceback" not in recorder.text()
 
@@ -297,17 +229,17 @@ def test_without_a_policy_node_it_records_pauses_and_goes_on(
     start: Start, robot: Robot, policy: Policy, tmp_path: Path
 ) -> None:
     recorder = start(with_chunks=False, samples=4)
-    robot.until(lambda: robot.value("offered") >= 6, "six observations", robot.observe)
-    assert robot.call("pause").success
+    robot.until(lambda: robot.count("recorder", "offered") >= 6, "six observations", robot.observe)
+    assert robot.trigger("pause").success
     robot.until(lambda: robot.said == "paused", "the pause")
-    before = robot.value("offered")
+    before = robot.count("recorder", "offered")
     for _ in range(5):
         robot.observe()
-        robot.spin(PERIOD_S)
-    assert robot.call("resume").success
+        robot.spin(robot.period_s)
+    assert robot.trigger("resume").success
     robot.until(lambda: robot.said == "recording", "the end of the pause")
-    assert robot.value("offered") <= before + 1, "it recorded while paused"
-    robot.until(lambda: robot.value("offered") >= before + 3, "more", robot.observe)
+    assert robot.count("recorder", "offered") <= before + 1, "it recorded while paused"
+    robot.until(lambda: robot.count("recorder", "offered") >= before + 3, "more", robot.observe)
     assert recorder.end(signal.SIGTERM) == 0
     store = CaptureStore.open(tmp_path / "store")
     assert store.index.finished, "SIGTERM did not finish the store"
@@ -328,7 +260,9 @@ def test_recorder_that_runs_the_policy_stores_what_its_graphs_were_given(
     start: Start, robot: Robot, policy: Policy, tmp_path: Path
 ) -> None:
     recorder = start(with_chunks=False, run_policy=True, threads=1, samples=3)
-    robot.until(lambda: robot.value("offered") >= 5, "five observations", robot.observe)
+    robot.until(
+        lambda: robot.count("recorder", "offered") >= 5, "five observations", robot.observe
+    )
     assert recorder.end(signal.SIGTERM) == 0, recorder.text()
     store = CaptureStore.open(tmp_path / "store")
     assert len(store) == 3
@@ -444,7 +378,7 @@ def test_looped_bag_in_simulation_time_gives_each_moment_once(
     def tick() -> None:
         robot.observe(next(following))
 
-    robot.until(lambda: robot.value("offered") >= 20, "twenty observations", tick)
+    robot.until(lambda: robot.count("recorder", "offered") >= 20, "twenty observations", tick)
     assert recorder.end(signal.SIGINT) == 0
     samples = list(CaptureStore.open(tmp_path / "store").samples())
     stamps = [sample.stamp_ns for sample in samples]
@@ -457,8 +391,8 @@ def test_killed_recorder_loses_at_most_the_samples_it_held(
     start: Start, robot: Robot, tmp_path: Path
 ) -> None:
     recorder = start(with_chunks=False, samples=50)
-    robot.until(lambda: robot.value("kept") >= 5, "five samples", robot.observe)
-    kept = robot.value("kept")
+    robot.until(lambda: robot.count("recorder", "kept") >= 5, "five samples", robot.observe)
+    kept = robot.count("recorder", "kept")
     recorder.end(signal.SIGKILL)
     store = CaptureStore.open(tmp_path / "store")
     assert not store.index.finished
@@ -472,7 +406,7 @@ def test_full_disk_stops_the_recording_with_its_reason_and_keeps_what_was_writte
 ) -> None:
     recorder = start(with_chunks=False, samples=50, samples_per_shard=1)
     frame_bytes = sum(3 * camera.height * camera.width for camera in policy.robot.cameras)
-    robot.until(lambda: robot.value("kept") >= 3, "three samples", robot.observe)
+    robot.until(lambda: robot.count("recorder", "kept") >= 3, "three samples", robot.observe)
     # A limit on file sizes makes a write fail with an OSError, as a full disk does.
     limits = resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE)
     full = (frame_bytes // 2, limits[1])
@@ -481,11 +415,11 @@ def test_full_disk_stops_the_recording_with_its_reason_and_keeps_what_was_writte
     assert "were written before are whole" in robot.said
     whole = len(list(CaptureStore.open(tmp_path / "store").samples()))
     assert whole >= 3
-    refused = robot.call("finish")
+    refused = robot.trigger("finish")
     assert not refused.success
     assert "cannot write" in refused.message
     resource.prlimit(recorder.process.pid, resource.RLIMIT_FSIZE, limits)
-    assert robot.call("resume").success
+    assert robot.trigger("resume").success
     assert recorder.end(signal.SIGINT) == 0
     store = CaptureStore.open(tmp_path / "store")
     assert store.index.finished
@@ -499,7 +433,7 @@ def test_occupied_folder_is_left_alone_and_configuring_says_so(
     (tmp_path / "store" / "mine.txt").write_text("keep")
     recorder = start(with_chunks=False)
     robot.until(lambda: "exists and is not empty" in robot.said, "the refusal")
-    assert not robot.call("finish").success
+    assert not robot.trigger("finish").success
     assert recorder.end(signal.SIGINT) == 0
     assert [path.name for path in (tmp_path / "store").iterdir()] == ["mine.txt"]
 
@@ -509,7 +443,7 @@ def test_run_without_observations_leaves_no_store_and_says_so(
 ) -> None:
     recorder = start(with_chunks=False)
     robot.until(lambda: "missing" in robot.said, "what is missing")
-    answer = robot.call("finish")
+    answer = robot.trigger("finish")
     assert not answer.success
     assert "no sample was captured" in answer.message
     assert recorder.end(signal.SIGINT) == 0

@@ -7,7 +7,6 @@ own messages: MultiDOFJointState is read, MultiDOFJointTrajectory commanded.
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -23,7 +22,6 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 from sensor_msgs.msg import MultiDOFJointState
-from std_srvs.srv import Trigger
 from trajectory_msgs.msg import (
     JointTrajectory,
     JointTrajectoryPoint,
@@ -35,7 +33,8 @@ from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.ros.executor_messages import CommandWriter, MeasuredPositions
 from groot_int8_ros.ros.executor_parameters import OutputParameters
 
-DEADLINE_S = 60.0
+from .nodes import Listener
+
 DOMAIN_ID = 1 + os.getpid() % 100
 FIELDS = {
     "lift": "points[0].transforms[1].translation.z",
@@ -71,24 +70,25 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-class Body:
+class Body(Listener):
     """The robot's side: stands where it is told to, and remembers what it was told."""
 
-    def __init__(self, node: Node) -> None:
-        self.node = node
+    period_s = 0.02
+
+    def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
+        super().__init__(node, executor, "chunk_executor", ["enable"])
         self.commands: list[MultiDOFJointTrajectory] = []
         self.at = [0.1, -0.2]
         self._states = node.create_publisher(MultiDOFJointState, "/body/state", 10)
         self._chunks = node.create_publisher(JointTrajectory, "/policy_node/action_chunk", 10)
         node.create_subscription(MultiDOFJointTrajectory, "/body/command", self._on_command, 500)
-        node.create_timer(0.02, self._publish)
 
     def _on_command(self, message: MultiDOFJointTrajectory) -> None:
         self.commands.append(message)
-        self.at = self.values[-1]
+        self.at = self.positions[-1]
 
     @property
-    def values(self) -> list[list[float]]:
+    def positions(self) -> list[list[float]]:
         return [
             [
                 message.points[0].transforms[1].translation.z,
@@ -97,7 +97,7 @@ class Body:
             for message in self.commands
         ]
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
         lift, yaw = self.at
         message = MultiDOFJointState(transforms=[Transform(), Transform()])
         message.header.stamp = self.node.get_clock().now().to_msg()
@@ -106,7 +106,7 @@ class Body:
         self._states.publish(message)
 
     def reaches_the_limit(self) -> bool:
-        if self.values[-1] == [0.3, 0.3]:
+        if self.positions[-1] == [0.3, 0.3]:
             return True
         self._send_chunk()
         return False
@@ -126,52 +126,36 @@ def test_a_robot_with_messages_of_its_own_is_read_commanded_and_held(
     ros_node: Callable[..., Any],
 ) -> None:
     with ros_node("body", DOMAIN_ID) as (other, executor):
-        _read_commanded_and_held(other, executor)
+        _read_commanded_and_held(Body(other, executor))
 
 
-def _read_commanded_and_held(other: Node, executor: SingleThreadedExecutor) -> None:
-    body = Body(other)
+def _read_commanded_and_held(body: Body) -> None:
     node = ChunkExecutorNode(
-        context=other.context,
+        context=body.node.context,
         parameter_overrides=[Parameter(name, value=value) for name, value in PARAMETERS.items()],
     )
-    executor.add_node(node)
-
-    def until(met: Callable[[], Any], what: str) -> None:
-        end = time.monotonic() + DEADLINE_S
-        while not met():
-            assert time.monotonic() < end, f"not seen: {what}"
-            executor.spin_once(timeout_sec=0.05)
-
+    body.executor.add_node(node)
     try:
-        client: Any = other.create_client(Trigger, "/chunk_executor/enable")
-        until(client.service_is_ready, "the service")
-
-        def enabled() -> bool:
-            future = client.call_async(Trigger.Request())
-            until(future.done, "the answer")
-            return bool(future.result().success)
-
-        until(enabled, "enabled")
-        until(lambda: body.commands, "commands")
-        np.testing.assert_allclose(body.values[0], [0.1, -0.2], atol=1e-9)
-        until(body.reaches_the_limit, "both at their upper limit")
+        body.until(lambda: body.trigger("enable").success, "enabled")
+        body.until(lambda: body.commands, "commands")
+        np.testing.assert_allclose(body.positions[0], [0.1, -0.2], atol=1e-9)
+        body.until(body.reaches_the_limit, "both at their upper limit")
         first = body.commands[-1]
         assert first.points[0].velocities[1].angular.y == 60.0
         assert first.joint_names == ["both"]
         assert first.points[0].time_from_start.nanosec == 20_000_000
         assert first.header.stamp.sec > 0
-        steps = np.diff(body.values, axis=0)
+        steps = np.diff(body.positions, axis=0)
         assert np.abs(steps).max() <= 1.0 * 0.02 + 1e-9
-        assert np.max(body.values) <= 0.3
+        assert np.max(body.positions) <= 0.3
 
         count = len(body.commands)
         node.close()
-        until(lambda: len(body.commands) >= count + 3, "the final holds")
-        assert body.values[-3:] == [[0.3, 0.3]] * 3
+        body.until(lambda: len(body.commands) >= count + 3, "the final holds")
+        assert body.positions[-3:] == [[0.3, 0.3]] * 3
     finally:
         node.close()
-        executor.remove_node(node)
+        body.executor.remove_node(node)
         node.destroy_node()
 
 

@@ -11,8 +11,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -23,16 +21,13 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-import yaml
 
 pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from geometry_msgs.msg import Twist
 from lifecycle_msgs.msg import Transition
-from lifecycle_msgs.srv import ChangeState, GetState
-from rcl_interfaces.srv import SetParameters
+from lifecycle_msgs.srv import ChangeState
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.node import Node
@@ -52,9 +47,8 @@ from groot_int8_ros.policy_node import PolicyNode
 from groot_int8_ros.ros.field_map import FieldMap
 from groot_int8_ros.ros.joints import stamp_ns, time_message
 
-DEADLINE_S = 120.0
-PUBLISH_PERIOD_S = 0.1
-ASK_AGAIN_S = 3.0
+from .nodes import DEADLINE_S, Listener, NodeProcess
+
 # Within the range whose ports lie below Linux's ephemeral ones, another for each test process.
 DOMAIN_ID = 1 + os.getpid() % 100
 SEED = 11
@@ -70,13 +64,14 @@ def policy(tiny_bundle: Path) -> Iterator[Policy]:
     loaded.close()
 
 
-class Robot:
+class Robot(Listener):
     """The other side of the topics: publishes sensors, collects what the node says."""
 
+    period_s = 0.1
+
     def __init__(self, node: Node, executor: SingleThreadedExecutor, policy: Policy) -> None:
-        self.node = node
+        super().__init__(node, executor, "policy_node")
         self.policy = policy
-        self._executor = executor
         self.restart_content()
         first, *others = policy.robot.cameras
         self.raw_camera = first
@@ -101,7 +96,6 @@ class Robot:
         self.positions: dict[int, dict[str, float]] = {}
         self.chunks: list[JointTrajectory] = []
         self.infos: list[dict[str, Any]] = []
-        self.statuses: dict[str, DiagnosticStatus] = {}
         node.create_subscription(
             JointTrajectory, "/policy_node/action_chunk", self.chunks.append, 50
         )
@@ -111,87 +105,10 @@ class Robot:
             lambda message: self.infos.append(json.loads(message.data)),
             50,
         )
-        node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
-        self._change: Any = node.create_client(ChangeState, "/policy_node/change_state")
-        self._state: Any = node.create_client(GetState, "/policy_node/get_state")
-        self._set: Any = node.create_client(SetParameters, "/policy_node/set_parameters")
 
     def restart_content(self) -> None:
         """Let the frames and joint values begin again, as when a bag is looped."""
         self._random = np.random.default_rng(5)
-
-    def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        for status in message.status:
-            self.statuses[status.name] = status
-
-    def spin(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while (left := end - time.monotonic()) > 0:
-            self._executor.spin_once(timeout_sec=left)
-
-    def until(
-        self, met: Callable[[], Any], what: str, publish: Callable[[], None] = lambda: None
-    ) -> Any:
-        end = time.monotonic() + DEADLINE_S
-        while time.monotonic() < end:
-            publish()
-            self.spin(PUBLISH_PERIOD_S)
-            found = met()
-            if found:
-                return found
-        states = {name: status.message for name, status in self.statuses.items()}
-        pytest.fail(f"not seen within {DEADLINE_S} s: {what}; diagnostics say {states}")
-
-    def call(self, client: Any, request: Any) -> Any:
-        self.state()  # once this is answered, other services' answers find their way, too
-        self.until(client.service_is_ready, f"service {client.srv_name}")
-        future = client.call_async(request)
-        self.until(future.done, f"answer of {client.srv_name}")
-        return future.result()
-
-    def change(self, transition: int) -> bool:
-        request = ChangeState.Request(transition=Transition(id=transition))
-        return bool(self.call(self._change, request).success)
-
-    def state(self) -> str:
-        """Ask for the state until it is answered.
-
-        A service is ready when its requests can arrive; the answer to the first one is lost where
-        the service has not discovered the client yet. Asking again is harmless here only.
-        """
-        self.until(self._state.service_is_ready, "service get_state")
-        futures: list[Any] = []
-
-        def answered() -> list[Any]:
-            return [future for future in futures if future.done()]
-
-        def ask() -> None:
-            if not futures or time.monotonic() - asked[0] > ASK_AGAIN_S:
-                asked[0] = time.monotonic()
-                futures.append(self._state.call_async(GetState.Request()))
-
-        asked = [0.0]
-        future = self.until(answered, "answer of get_state", ask)[0]
-        return str(future.result().current_state.label)
-
-    def set(self, name: str, value: Any) -> Any:
-        request = SetParameters.Request(
-            parameters=[Parameter(name, value=value).to_parameter_msg()]
-        )
-        return self.call(self._set, request).results[0]
-
-    def status(self, name: str) -> str:
-        found = self.statuses.get(f"policy_node: {name}")
-        return found.message if found else ""
-
-    def values(self, name: str) -> dict[str, str]:
-        """Values of the newest status of that name."""
-        found = self.statuses.get(f"policy_node: {name}")
-        return {entry.key: entry.value for entry in found.values} if found else {}
-
-    def says(self, name: str, pattern: str) -> bool:
-        """Whether the newest status of that name matches."""
-        return re.search(pattern, self.status(name), re.DOTALL) is not None
 
     def observe(
         self,
@@ -279,39 +196,13 @@ class Robot:
         counts = [-1]
         while counts[-1] != len(self.chunks):
             counts.append(len(self.chunks))
-            self.spin(PUBLISH_PERIOD_S)
+            self.spin(self.period_s)
         self.forget()
 
     def forget(self) -> None:
+        super().forget()
         self.chunks.clear()
         self.infos.clear()
-        self.statuses.clear()
-
-
-class NodeProcess:
-    """`policy_node` in its own process."""
-
-    def __init__(self, folder: Path, **parameters: object) -> None:
-        file = folder / "parameters.yaml"
-        file.write_text(yaml.safe_dump({"/**": {"ros__parameters": parameters}}))
-        self.log = folder / "log.txt"
-        with self.log.open("w") as log:
-            self.process = subprocess.Popen(
-                [
-                    *(sys.executable, "-m", "groot_int8_ros.policy_node"),
-                    *("--ros-args", "--params-file", str(file)),
-                ],
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=os.environ | {"ROS_DOMAIN_ID": str(DOMAIN_ID), "OMP_NUM_THREADS": "1"},
-            )
-
-    def text(self) -> str:
-        return self.log.read_text()
-
-    def end(self, number: int) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(DEADLINE_S)
 
 
 StartNode = Callable[..., NodeProcess]
@@ -322,16 +213,14 @@ def start_node(tmp_path: Path, tiny_bundle: Path, policy: Policy) -> Iterator[St
     started: list[NodeProcess] = []
 
     def start(**changes: object) -> NodeProcess:
+        parameters = robot_parameters(policy, tiny_bundle) | changes
         folder = tmp_path / f"node{len(started)}"
-        folder.mkdir()
-        started.append(NodeProcess(folder, **(robot_parameters(policy, tiny_bundle) | changes)))
+        started.append(NodeProcess("policy_node", folder, parameters, DOMAIN_ID))
         return started[-1]
 
     yield start
     for node in started:
-        if node.process.poll() is None:
-            node.process.kill()
-            node.process.wait()
+        node.kill()
 
 
 def robot_parameters(policy: Policy, bundle: Path) -> dict[str, object]:
@@ -459,7 +348,7 @@ def test_unusable_input_is_held_named_and_recovered_from(
         robot.settle()
         for _ in range(3):
             robot.observe(**fault)
-            robot.spin(PUBLISH_PERIOD_S)
+            robot.spin(robot.period_s)
         assert not robot.chunks, words
         robot.until(lambda: robot.pairs(), f"a chunk after {words!r}", robot.observe)
 
@@ -567,7 +456,7 @@ def test_camera_that_stamps_the_same_picture_again_is_held_named_and_recovered_f
     robot.settle()
     for _ in range(3):
         freeze()
-        robot.spin(PUBLISH_PERIOD_S)
+        robot.spin(robot.period_s)
     assert not robot.chunks
     assert robot.set("max_frozen_s", 0.0).successful
     robot.until(lambda: robot.pairs(), "a chunk though it is frozen", freeze)
@@ -601,7 +490,7 @@ def test_instruction_is_replaced_and_an_unusable_one_is_never_the_old_task(
         robot.settle()
         for _ in range(3):
             robot.observe()
-            robot.spin(PUBLISH_PERIOD_S)
+            robot.spin(robot.period_s)
         assert not robot.chunks, f"{len(unusable)} characters"
         result = robot.set("instruction", "close the drawer")
         assert result.successful, result.reason
@@ -728,7 +617,7 @@ def test_activate_works_again_once_a_hung_inference_has_returned(
         context=robot.node.context,
         parameter_overrides=[Parameter(name, value=value) for name, value in overrides.items()],
     )
-    robot._executor.add_node(node)
+    robot.executor.add_node(node)
     hanging, release = threading.Event(), threading.Event()
     try:
         assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
@@ -753,7 +642,7 @@ def test_activate_works_again_once_a_hung_inference_has_returned(
     finally:
         release.set()
         node.close()
-        robot._executor.remove_node(node)
+        robot.executor.remove_node(node)
         node.destroy_node()
 
 
@@ -787,7 +676,7 @@ def test_transitions_can_be_retried_and_publish_only_while_active(
         assert "cleanup" in refused.reason
         for _ in range(5):
             robot.observe()
-            robot.spin(PUBLISH_PERIOD_S)
+            robot.spin(robot.period_s)
         assert not robot.chunks
         for _ in range(activations):
             assert robot.change(Transition.TRANSITION_ACTIVATE)
@@ -796,7 +685,7 @@ def test_transitions_can_be_retried_and_publish_only_while_active(
             robot.settle()
             for _ in range(5):
                 robot.observe()
-                robot.spin(PUBLISH_PERIOD_S)
+                robot.spin(robot.period_s)
             assert not robot.chunks, "a chunk after deactivate"
         assert robot.change(Transition.TRANSITION_CLEANUP)
         assert robot.state() == "unconfigured"

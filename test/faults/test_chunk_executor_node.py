@@ -37,8 +37,9 @@ from groot_int8_ros.policy.types import CommittedActions, JointSpec
 from groot_int8_ros.ros.committed_rows import CommittedReader
 from groot_int8_ros.ros.joints import time_message
 
+from ..nodes import DEADLINE_S
 from .policy_peer import LATENCY_NS, chunk, wave
-from .system import DEADLINE_S, DOMAIN_ID, Listener, Processes
+from .system import DOMAIN_ID, ExecutorListener, Processes
 
 ROUNDS = int(os.environ.get("GROOT_FAULT_ROUNDS", "3"))
 
@@ -81,7 +82,7 @@ PARAMETERS: dict[str, Any] = {
 }
 
 
-class Robot(Listener):
+class Robot(ExecutorListener):
     """The other side of the executor: joints that do what they are told, and a listener."""
 
     def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
@@ -174,7 +175,7 @@ def robot(ros_node: Callable[..., Any]) -> Iterator[Robot]:
 def started(processes: Processes, robot: Robot) -> Iterator[subprocess.Popen[bytes]]:
     """One executor for all faults that it has to recover from by itself."""
     process = processes.executor()
-    robot.answered()
+    robot.state()
     robot.until(lambda: robot.says("executor", "commands are disabled"), "an active executor")
     yield process
     processes.end(process)
@@ -269,11 +270,11 @@ def test_arm_that_ignores_its_commands_is_told(
     robot.forget()
     robot.spoil = _ignore_commands
     robot.until(lambda: robot.says("channel arm", r"not follow.*: elbow \(by 0"), "the joint")
-    assert float(robot.value("channel arm", "tracking error: elbow")) > 0.1
+    assert float(robot.values("channel arm")["tracking error: elbow"]) > 0.1
     assert robot.moves(), "a joint astray is not a hold"
     robot.spoil = lambda message: message
     robot.until(lambda: robot.says("channel arm", "^running"), "a joint that follows again")
-    assert int(robot.value("executor", "not following: arm: elbow")) >= 1
+    assert robot.count("executor", "not following: arm: elbow") >= 1
 
 
 @pytest.mark.parametrize(

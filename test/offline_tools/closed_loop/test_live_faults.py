@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ import pytest
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
 
-from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from trajectory_msgs.msg import JointTrajectory
@@ -26,39 +24,26 @@ from offline_tools.evaluate.node_processes import NodeProcess, node_process
 from offline_tools.simulation.config_files import NODES, config_file
 from offline_tools.simulation.ros_messages import ARM_COMMAND_TOPIC, CHUNK_TOPIC
 
-DEADLINE_S = 120.0
+from ...nodes import Listener
+
 DOMAIN_ID = 1 + os.getpid() % 100
 
 
-class Listener:
+class Watcher(Listener):
     """What the executor commands and says, and how many chunks the policy gives."""
 
     def __init__(self, node: Node, executor: SingleThreadedExecutor) -> None:
-        self._executor = executor
+        super().__init__(node, executor, "chunk_executor")
         self.commands: list[tuple[float, ...]] = []
         self.chunks = 0
-        self.statuses: dict[str, str] = {}
-        for kind, topic, heard in (
-            (JointTrajectory, ARM_COMMAND_TOPIC, self._on_command),
-            (JointTrajectory, CHUNK_TOPIC, self._on_chunk),
-            (DiagnosticArray, "/diagnostics", self._on_diagnostics),
-        ):
-            node.create_subscription(kind, topic, heard, 100)
+        node.create_subscription(JointTrajectory, ARM_COMMAND_TOPIC, self._on_command, 100)
+        node.create_subscription(JointTrajectory, CHUNK_TOPIC, self._on_chunk, 100)
 
     def _on_command(self, message: JointTrajectory) -> None:
         self.commands.append(tuple(message.points[-1].positions))
 
     def _on_chunk(self, _: JointTrajectory) -> None:
         self.chunks += 1
-
-    def _on_diagnostics(self, message: DiagnosticArray) -> None:
-        self.statuses |= {status.name: status.message for status in message.status}
-
-    def until(self, met: Callable[[], bool], what: str) -> None:
-        end_s = time.monotonic() + DEADLINE_S
-        while not met():
-            assert time.monotonic() < end_s, f"not seen: {what}; {self.statuses}"
-            self._executor.spin_once(timeout_sec=0.1)
 
     def until_it_works(self) -> None:
         """Wait for new chunks and for commands that move."""
@@ -70,11 +55,8 @@ class Listener:
 
     def until_it_holds(self) -> None:
         """Wait until the executor says that the robot is silent, and stands still."""
-        self.statuses.clear()
-        stale = "joint state is stale"
-        self.until(
-            lambda: stale in self.statuses.get("chunk_executor: joint states", ""), "the silence"
-        )
+        self.forget()
+        self.until(lambda: self.says("joint states", "joint state is stale"), "the silence")
         self.commands = []
         self.until(
             lambda: len(self.commands) > 20 and len(set(self.commands[-20:])) == 1, "a hold"
@@ -82,16 +64,16 @@ class Listener:
 
 
 @pytest.fixture
-def listener(ros_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Listener]:
+def watcher(ros_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[Watcher]:
     monkeypatch.setenv("ROS_DOMAIN_ID", str(DOMAIN_ID))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with ros_node("listener", DOMAIN_ID) as (node, executor):
-        yield Listener(node, executor)
+    with ros_node("watcher", DOMAIN_ID) as (node, executor):
+        yield Watcher(node, executor)
 
 
 @pytest.mark.slow
 def test_a_robot_that_is_paused_or_gone_in_mid_episode_is_held_and_taken_up_again(
-    listener: Listener, bundle: Path, tmp_path: Path
+    watcher: Watcher, bundle: Path, tmp_path: Path
 ) -> None:
     words = ["--ros-args", "--params-file", str(config_file(NODES))]
     with contextlib.ExitStack() as running:
@@ -106,22 +88,22 @@ def test_a_robot_that_is_paused_or_gone_in_mid_episode_is_held_and_taken_up_agai
         policy = start("policy", "groot_int8_ros.policy_node", *words, "-p", f"bundle:={bundle}")
         executor = start("executor", "groot_int8_ros.chunk_executor_node", *words)
         robot = start_robot("robot", "--enable")
-        listener.until_it_works()
+        watcher.until_it_works()
 
         os.kill(robot.pid, signal.SIGSTOP)
-        listener.until_it_holds()
-        chunks = listener.chunks
+        watcher.until_it_holds()
+        chunks = watcher.chunks
         # The observations that there were have been answered.
-        listener.commands = []
-        listener.until(lambda: len(listener.commands) > 50, "commands that go on")
-        assert listener.chunks <= chunks + 1
+        watcher.commands = []
+        watcher.until(lambda: len(watcher.commands) > 50, "commands that go on")
+        assert watcher.chunks <= chunks + 1
         os.kill(robot.pid, signal.SIGCONT)
-        listener.until_it_works()
+        watcher.until_it_works()
 
         os.kill(robot.pid, signal.SIGKILL)
-        listener.until_it_holds()
+        watcher.until_it_holds()
         start_robot("another robot")
-        listener.until_it_works()
+        watcher.until_it_works()
         for node in (executor, policy):
             node.check_running()
             node.stop()
