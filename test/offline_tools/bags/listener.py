@@ -1,6 +1,7 @@
 """A real subscriber in a process of its own: writes what it receives as JSON lines.
 
-Usage: listener.py OUTPUT TOPIC=TYPE... Prints `ready` when it listens; ends on SIGTERM.
+Usage: listener.py OUTPUT TOPIC=TYPE... Prints `ready` when it listens. On SIGTERM it writes what
+has arrived by then and ends.
 """
 
 from __future__ import annotations
@@ -18,9 +19,12 @@ import rclpy
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 
+# Looks for a message, a tenth of a second each, after which none has arrived.
+SILENT_LOOKS = 3
+
 
 def main() -> None:
-    stopped = False
+    stopped, heard = False, 0
 
     def stop(*_: object) -> None:
         nonlocal stopped
@@ -32,6 +36,8 @@ def main() -> None:
     with Path(sys.argv[1]).open("w", encoding="utf-8", buffering=1) as output:
 
         def receive(topic: str, message: Any) -> None:
+            nonlocal heard
+            heard += 1
             entry: dict[str, Any] = {"topic": topic, "received_s": time.monotonic()}
             if hasattr(message, "clock"):
                 entry["stamp_ns"] = message.clock.sec * 10**9 + message.clock.nanosec
@@ -66,8 +72,11 @@ def main() -> None:
                 ),
             )
         print("ready", flush=True)
-        while not stopped:
+        silent = 0
+        while not stopped or silent < SILENT_LOOKS:
+            before = heard
             rclpy.spin_once(node, timeout_sec=0.1)
+            silent = silent + 1 if stopped and heard == before else 0
     node.destroy_node()
     rclpy.try_shutdown()
 

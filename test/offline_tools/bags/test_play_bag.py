@@ -99,11 +99,17 @@ def _listener(
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
             yield received
-            time.sleep(0.3)
         finally:
             process.terminate()
-            process.wait(timeout=20)
+            process.wait(timeout=60)
     received.extend(json.loads(line) for line in output.read_text().splitlines())
+
+
+def _wait_until_heard(received: Path, topic: str, count: int) -> None:
+    end_s = time.monotonic() + 60.0
+    while received.read_text().count(topic) < count:
+        assert time.monotonic() < end_s
+        time.sleep(0.05)
 
 
 def _of(received: list[dict[str, Any]], topic: str) -> list[dict[str, Any]]:
@@ -227,12 +233,8 @@ def test_loop_jumps_back_until_a_signal_ends_it(
         )
         assert player.stdout is not None
         assert "looping" in player.stdout.readline()
-        heard = tmp_path / "received"
-        end_s = time.monotonic() + 60.0
         # Three laps of eleven, whatever a busy machine makes of the pace.
-        while heard.read_text().count("elsewhere") < 33:
-            assert time.monotonic() < end_s
-            time.sleep(0.1)
+        _wait_until_heard(tmp_path / "received", "elsewhere", 33)
         player.send_signal(signal.SIGTERM)
         output, errors = player.communicate(timeout=20)
     assert player.returncode == 143
@@ -252,19 +254,23 @@ def test_loop_jumps_back_until_a_signal_ends_it(
 
 @needs_ros
 def test_interrupt_ends_a_wait_at_once_and_without_a_traceback(
-    mcap_bag: Path, ros_environment: dict[str, str]
+    mcap_bag: Path, ros_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    # At this rate the second message is due after 50 s.
-    player = _player(
-        mcap_bag, ros_environment, *("--rate", "0.001", "--wait-for-subscribers", "0")
-    )
-    assert player.stdout is not None
-    assert "playing" in player.stdout.readline()
-    time.sleep(0.3)
-    asked_s = time.monotonic()
-    player.send_signal(signal.SIGINT)
-    output, errors = player.communicate(timeout=20)
-    assert time.monotonic() - asked_s < 20.0
+    heard = tmp_path / "received"
+    with _listener(heard, ros_environment, "/joint_states=sensor_msgs/msg/JointState"):
+        # At this rate the second message is due after 50 s.
+        player = _player(
+            mcap_bag,
+            ros_environment,
+            *("--topics", "/joint_states", "--rate", "0.001", "--wait-for-subscribers", "20"),
+        )
+        assert player.stdout is not None
+        assert "playing" in player.stdout.readline()
+        _wait_until_heard(heard, "/joint_states", 1)
+        asked_s = time.monotonic()
+        player.send_signal(signal.SIGINT)
+        output, errors = player.communicate(timeout=20)
+        assert time.monotonic() - asked_s < 20.0
     assert player.returncode == 130
     assert errors == ""
     assert "1  /joint_states" in output
