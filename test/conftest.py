@@ -2,9 +2,8 @@
 
 Owns: where recorded reference data is looked for, the environment that keeps tests from leaving
 this machine, the ROS nodes by which tests listen, and the generated dataset, checkpoints and
-bundles. Tracing a bundle takes most of a
-minute, so each is exported once and damaged only in copies. Tests import nothing from here; they
-take fixtures by name.
+bundles. Tracing a bundle takes most of a minute, so each is exported once and damaged only in
+copies. Tests import nothing from here; they take fixtures by name.
 """
 
 from __future__ import annotations
@@ -27,6 +26,9 @@ import pytest
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 
 SHARED_DATA_VARIABLE = "GROOT_SHARED_DATA"
+
+# Actions of these keys are absolute in generated checkpoints, all others relative to the state.
+_HANDS = ("gripper", "left_hand", "right_hand")
 
 # Set before any test imports rclpy or transformers, and inherited by the processes they start:
 # neither DDS discovery nor a model hub may be reached from a test.
@@ -273,11 +275,11 @@ def write_minimal_checkpoint() -> Callable[[Path, Path], None]:
 
     def write(folder: Path, dataset: Path) -> None:
         opened = LeRobotDataset.open(dataset)
-        grippers = tuple(key for key in opened.action_keys if key == "gripper")
+        hands = tuple(key for key in opened.action_keys if key in _HANDS)
         with pytest.MonkeyPatch.context() as patch:
             patch.setitem(random_checkpoint.SIZES, "minimal", minimal)
             random_checkpoint.write_random_checkpoint(
-                folder, opened, size="minimal", absolute_keys=grippers
+                folder, opened, size="minimal", absolute_keys=hands
             )
 
     return write

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,10 @@ import pytest
 from groot_int8_ros.policy.policy import Policy
 from offline_tools.bags.dds import TRANSPORTS_VARIABLE
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
-from offline_tools.dataset.lerobot import LeRobotDataset
-from offline_tools.demo.random_checkpoint import write_random_checkpoint
+from offline_tools.dataset.lerobot import Episode, LeRobotDataset
 from offline_tools.evaluate.live_run import LiveRun, run_live
 from offline_tools.evaluate.node_processes import LiveRunError
 from offline_tools.evaluate.recompute import frame_index, recompute, stamps_ns
-from offline_tools.export.bundle_writer import ExportOptions, write_bundle
 
 pytest.importorskip("rclpy", reason="rclpy is not installed: no node can be run")
 
@@ -32,77 +30,66 @@ RATE = 0.5
 ENOUGH_CHUNKS = 5
 
 
-@pytest.fixture(autouse=True)
-def _users_transports(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The frames are large: they travel as a user's do."""
-    monkeypatch.delenv(TRANSPORTS_VARIABLE, raising=False)
+@dataclass(frozen=True)
+class Played:
+    """What the node made of an episode."""
+
+    episode: Episode
+    fps: float
+    bundle: Path
+    live: LiveRun
 
 
-@pytest.fixture(scope="module")
-def g1_bundle(g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("g1")
-    dataset = LeRobotDataset.open(g1_dataset_dir)
-    write_random_checkpoint(
-        folder / "checkpoint", dataset, absolute_keys=("left_hand", "right_hand")
-    )
-    write_bundle(
-        ExportOptions(
-            checkpoint=folder / "checkpoint",
-            bundle=folder / "bundle",
-            dataset=g1_dataset_dir,
-            graphs="reference",
-            precision="fp32",
-            denoising_steps=2,
-        ),
-        report=lambda _: None,
-    )
-    return folder / "bundle"
-
-
-def play_episode(dataset: Path, episode: int, bundle: Path, folder: Path) -> LiveRun:
-    convert_episode(dataset, episode, folder / "bag", BagOptions(max_frames=FRAMES))
+@pytest.fixture(scope="module", params=[0, 1, 2])
+def played(
+    request: pytest.FixtureRequest,
+    g1_dataset_dir: Path,
+    g1_policy: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Played:
+    bundle, folder = g1_policy / "float", tmp_path_factory.mktemp("played")
+    convert_episode(g1_dataset_dir, request.param, folder / "bag", BagOptions(max_frames=FRAMES))
     parameters = {"bundle": str(bundle), "inference_rate_hz": 4.0}
-    return run_live(folder / "bag", parameters, folder / "run", rate=RATE)
+    with pytest.MonkeyPatch.context() as patch:
+        # The frames are large: they travel as a user's do.
+        patch.delenv(TRANSPORTS_VARIABLE, raising=False)
+        live = run_live(folder / "bag", parameters, folder / "run", rate=RATE)
+    dataset = LeRobotDataset.open(g1_dataset_dir)
+    return Played(dataset.episode(request.param), dataset.fps, bundle, live)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1, 2])
 def test_chunks_from_real_robot_episodes_equal_the_policy_on_the_same_frames(
-    number: int, g1_dataset_dir: Path, g1_bundle: Path, tmp_path: Path
+    played: Played,
 ) -> None:
-    dataset = LeRobotDataset.open(g1_dataset_dir)
-    live = play_episode(g1_dataset_dir, number, g1_bundle, tmp_path)
-    assert len(live.chunks) >= ENOUGH_CHUNKS, live.statuses
+    chunks = played.live.chunks
+    assert len(chunks) >= ENOUGH_CHUNKS, played.live.statuses
 
-    policy = Policy.load(g1_bundle)
+    policy = Policy.load(played.bundle)
     names = [joint.name for joints in policy.robot.action_joints.values() for joint in joints]
     assert len(names) == 26
-    results = recompute(policy, dataset.episode(number), BagOptions().start_time_ns, live.chunks)
+    results = recompute(policy, played.episode, BagOptions().start_time_ns, chunks)
     for result in results:
         assert list(result.published.joint_names) == names
         assert result.max_error <= 1e-5
         np.testing.assert_allclose(
-            result.published.time_from_start_s, np.arange(16) / dataset.fps, atol=1e-9
+            result.published.time_from_start_s, np.arange(16) / played.fps, atol=1e-9
         )
         camera = result.published.info["streams"]["camera cam_high"]
         assert result.published.stamp_ns == camera["stamp_ns"]
 
 
 @pytest.mark.slow
-def test_the_comparison_notices_a_chunk_of_other_frames(
-    g1_dataset_dir: Path, g1_bundle: Path, tmp_path: Path
-) -> None:
+def test_the_comparison_notices_a_chunk_of_other_frames(played: Played) -> None:
     # The control of the test above: frames of a third of a second earlier must be noticed.
-    live = play_episode(g1_dataset_dir, 0, g1_bundle, tmp_path)
-    chunk = live.chunks[-1]
-    episode = LeRobotDataset.open(g1_dataset_dir).episode(0)
+    chunk = played.live.chunks[-1]
     start = BagOptions().start_time_ns
     info = json.loads(json.dumps(chunk.info))
     camera = info["streams"]["camera cam_high"]
-    row = frame_index(episode, start)[camera["stamp_ns"]]
-    camera["stamp_ns"] = int(stamps_ns(episode, start)[row - 10])
-    policy = Policy.load(g1_bundle)
-    (result,) = recompute(policy, episode, start, [replace(chunk, info=info)])
+    row = frame_index(played.episode, start)[camera["stamp_ns"]]
+    camera["stamp_ns"] = int(stamps_ns(played.episode, start)[row - 10])
+    policy = Policy.load(played.bundle)
+    (result,) = recompute(policy, played.episode, start, [replace(chunk, info=info)])
     assert result.max_error > 1e-5
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,35 +34,20 @@ def _open_loop(*arguments: object) -> int:
 
 
 @pytest.fixture(scope="module")
-def g1_policy(
-    write_minimal_checkpoint: Callable[[Path, Path], None],
-    g1_dataset_dir: Path,
-    tmp_path_factory: pytest.TempPathFactory,
+def g1_int8(
+    g1_policy: Path, g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A folder with `checkpoint`, `float` and `int8` of the Unitree G1. Tests only read it."""
+    """Its bundle in INT8, named `int8`. Tests only read it."""
     from offline_tools.calibration.run import capture
-    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
     from offline_tools.quantize.int8_bundle import QuantizeOptions, quantize_bundle
 
-    folder = tmp_path_factory.mktemp("g1_policy")
-    write_minimal_checkpoint(folder / "checkpoint", g1_dataset_dir)
-    write_bundle(
-        ExportOptions(
-            checkpoint=folder / "checkpoint",
-            bundle=folder / "float",
-            dataset=g1_dataset_dir,
-            graphs="reference",
-            precision="fp32",
-            denoising_steps=2,
-        ),
-        report=lambda _: None,
-    )
-    policy = Policy.load(folder / "float", threads=1)
+    folder = tmp_path_factory.mktemp("g1_int8")
+    policy = Policy.load(g1_policy / "float", threads=1)
     source = DatasetSource(g1_dataset_dir, policy, [1])
     capture(policy, source, folder / "store", samples=4, seed=0, report=lambda _: None)
     policy.close()
     options = QuantizeOptions(
-        folder / "float",
+        g1_policy / "float",
         folder / "store",
         folder / "int8",
         scheme="static-max",
@@ -72,16 +56,19 @@ def g1_policy(
         threads=1,
     )
     quantize_bundle(options, lambda _: None)
-    return folder
+    return folder / "int8"
 
 
 @pytest.fixture(scope="module")
 def g1_report(
-    g1_policy: Path, g1_dataset_dir: Path, tmp_path_factory: pytest.TempPathFactory
+    g1_policy: Path,
+    g1_int8: Path,
+    g1_dataset_dir: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     output = tmp_path_factory.mktemp("g1_report") / "report"
     code = _open_loop(
-        *("--bundle", g1_policy / "float", g1_policy / "int8"),
+        *("--bundle", g1_policy / "float", g1_int8),
         *("--checkpoint", g1_policy / "checkpoint"),
         *("--dataset", g1_dataset_dir, "--traj-ids", 0, 2, "--steps", STEPS),
         *("--action-horizon", HORIZON, "--denoising-steps", DENOISING_STEPS),
@@ -226,7 +213,7 @@ def test_what_cannot_be_compared_is_refused_and_writes_nothing(
     fp16_bundle: Path,
     minimal_checkpoint: Path,
     tiny_checkpoint: Path,
-    g1_policy: Path,
+    g1_int8: Path,
     tiny_dataset: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -236,7 +223,7 @@ def test_what_cannot_be_compared_is_refused_and_writes_nothing(
     for arguments, message in (
         (("--bundle", fp16_bundle, "--engine", *engines), "2 engines for 1 bundles"),
         (("--bundle", fp16_bundle, fp16_bundle), "same bundle twice for the same engine"),
-        (("--bundle", fp16_bundle, g1_policy / "int8"), "has another checkpoint than"),
+        (("--bundle", fp16_bundle, g1_int8), "has another checkpoint than"),
         (("--bundle", minimal_checkpoint), "manifest.json"),
         (
             ("--bundle", fp16_bundle, "--checkpoint", tiny_checkpoint),
