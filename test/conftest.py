@@ -328,6 +328,27 @@ def fp16_deployed(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def shipped_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped policy as a bundle of reference graphs. Tests only read it."""
+    _require_torch()
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+    from offline_tools.training.shipped import POLICY_FOLDER
+
+    folder = tmp_path_factory.mktemp("shipped") / "bundle"
+    write_bundle(
+        ExportOptions(
+            checkpoint=POLICY_FOLDER,
+            bundle=folder,
+            robot=REPOSITORY_ROOT / "config" / "simulated_arm.yaml",
+            graphs="reference",
+            precision="fp32",
+        ),
+        report=lambda _: None,
+    )
+    return folder
+
+
 def _require_torch() -> None:
     for name in ("torch", "transformers", "safetensors"):
         pytest.importorskip(name, reason=f"checkpoints need {name}")

@@ -23,10 +23,8 @@ pytest.importorskip("rclpy", reason="needs the ROS 2 Python packages")
 pytest.importorskip("launch.actions", reason="launch comes with ROS 2, not with PyPI")
 pytest.importorskip("launch_ros.actions", reason="launch_ros comes with ROS 2, not with PyPI")
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rcl_interfaces.srv import GetParameters
-from rclpy.context import Context
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.parameter import parameter_value_to_python
@@ -82,12 +80,17 @@ class Launched:
     """A launch in its own process, and what can be seen of it."""
 
     def __init__(
-        self, prefix: Path, repository_root: Path, node: Node, file: str, *arguments: str
+        self,
+        prefix: Path,
+        repository_root: Path,
+        ear: tuple[Node, SingleThreadedExecutor],
+        file: str,
+        *arguments: str,
     ) -> None:
         self.log = prefix / "log.txt"
+        node, executor = ear
         self._node = node
-        self._executor = SingleThreadedExecutor(context=node.context)
-        self._executor.add_node(node)
+        self._executor = executor
         self.messages: dict[str, str] = {}
         node.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 50)
         search = [
@@ -143,23 +146,19 @@ Start = Callable[..., Launched]
 
 
 @pytest.fixture
-def start(prefix: Path, repository_root: Path) -> Iterator[Start]:
-    context = Context()
-    rclpy.init(args=[], context=context, domain_id=DOMAIN_ID)
-    node = Node("launch_test", context=context)
+def start(prefix: Path, repository_root: Path, ros_node: Callable[..., Any]) -> Iterator[Start]:
     started: list[Launched] = []
+    with ros_node("launch_test", DOMAIN_ID) as ear:
 
-    def launch(*arguments: str, file: str = "policy.launch.py") -> Launched:
-        started.append(Launched(prefix, repository_root, node, file, *arguments))
-        return started[-1]
+        def launch(*arguments: str, file: str = "policy.launch.py") -> Launched:
+            started.append(Launched(prefix, repository_root, ear, file, *arguments))
+            return started[-1]
 
-    yield launch
-    for launched in started:
-        if launched.process.poll() is None:
-            os.killpg(launched.process.pid, signal.SIGKILL)
-            launched.process.wait()
-    node.destroy_node()
-    rclpy.shutdown(context=context)
+        yield launch
+        for launched in started:
+            if launched.process.poll() is None:
+                os.killpg(launched.process.pid, signal.SIGKILL)
+                launched.process.wait()
 
 
 def test_arguments_reach_the_node_and_the_yaml_keeps_what_they_leave_out(
@@ -278,26 +277,11 @@ def test_launch_ends_when_its_node_dies(start: Start) -> None:
 
 
 def test_the_demo_does_its_episode_and_ends_with_it(
-    start: Start, repository_root: Path, tmp_path: Path
+    start: Start, shipped_bundle: Path, tmp_path: Path
 ) -> None:
-    for library in ("mujoco", "torch", "transformers"):
-        pytest.importorskip(library, reason=f"the simulated robot and its policy need {library}")
-    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
-    from offline_tools.training.shipped import POLICY_FOLDER
-
-    robot, results = repository_root / "config" / "simulated_arm.yaml", tmp_path / "results.jsonl"
-    bundle = tmp_path / "bundle"
-    write_bundle(
-        ExportOptions(
-            checkpoint=POLICY_FOLDER,
-            bundle=bundle,
-            robot=robot,
-            graphs="reference",
-            precision="fp32",
-        ),
-        report=lambda _: None,
-    )
-    arguments = (f"bundle:={bundle}", "stepped:=true", "episodes:=1", f"output:={results}")
+    pytest.importorskip("mujoco", reason="the simulated robot needs MuJoCo")
+    results = tmp_path / "results.jsonl"
+    arguments = (f"bundle:={shipped_bundle}", "stepped:=true", "episodes:=1", f"output:={results}")
     launched = start(*arguments, file="demo.launch.py")
     names = ["chunk_timeout_s", "channels"]
     assert launched.parameters("/chunk_executor", names) == {

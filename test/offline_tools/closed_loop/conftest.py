@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,23 +33,3 @@ def policy() -> TorchPolicy:
     from offline_tools.training.shipped import POLICY_FOLDER
 
     return TorchPolicy(POLICY_FOLDER, robot_description())
-
-
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory, repository_root: Path) -> Path:
-    """The shipped policy as a bundle of reference graphs."""
-    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
-    from offline_tools.training.shipped import POLICY_FOLDER
-
-    folder = tmp_path_factory.mktemp("tabletop") / "bundle"
-    write_bundle(
-        ExportOptions(
-            checkpoint=POLICY_FOLDER,
-            bundle=folder,
-            robot=repository_root / "config" / "simulated_arm.yaml",
-            graphs="reference",
-            precision="fp32",
-        ),
-        report=lambda _: None,
-    )
-    return folder

@@ -73,7 +73,7 @@ def watcher(ros_node: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.mark.slow
 def test_a_robot_that_is_paused_or_gone_in_mid_episode_is_held_and_taken_up_again(
-    watcher: Watcher, bundle: Path, tmp_path: Path
+    watcher: Watcher, shipped_bundle: Path, tmp_path: Path
 ) -> None:
     words = ["--ros-args", "--params-file", str(config_file(NODES))]
     with contextlib.ExitStack() as running:
@@ -85,7 +85,9 @@ def test_a_robot_that_is_paused_or_gone_in_mid_episode_is_held_and_taken_up_agai
             # Episodes without end.
             return start(name, "offline_tools.cli", "simulate", "--episodes", "10000", *more)
 
-        policy = start("policy", "groot_int8_ros.policy_node", *words, "-p", f"bundle:={bundle}")
+        policy = start(
+            "policy", "groot_int8_ros.policy_node", *words, "-p", f"bundle:={shipped_bundle}"
+        )
         executor = start("executor", "groot_int8_ros.chunk_executor_node", *words)
         robot = start_robot("robot", "--enable")
         watcher.until_it_works()

@@ -68,7 +68,7 @@ def test_without_a_node_the_loop_says_what_to_start(
 def test_the_shipped_policy_in_the_node_answers_as_pytorch_does(
     simulation: Tabletop,
     policy: TorchPolicy,
-    bundle: Path,
+    shipped_bundle: Path,
     repository_root: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -79,7 +79,7 @@ def test_the_shipped_policy_in_the_node_answers_as_pytorch_does(
         node = subprocess.Popen(
             [
                 *(sys.executable, "-m", "groot_int8_ros.policy_node", "--ros-args"),
-                *("--params-file", str(parameters), "-p", f"bundle:={bundle}"),
+                *("--params-file", str(parameters), "-p", f"bundle:={shipped_bundle}"),
             ],
             stdout=log,
             stderr=log,
