@@ -16,10 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ import yaml
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from offline_tools.arguments import positive_float
-from offline_tools.evaluate.node_processes import NodeProcess, node_process
+from offline_tools.evaluate.node_processes import LiveRunError, NodeProcess, node_process
 from offline_tools.executor_params.command import parameters as executor_parameters
 from offline_tools.soak.report import Outcome, faults, lines
 from offline_tools.soak.samples import Sample, read_sample
@@ -78,8 +79,8 @@ def run(args: argparse.Namespace) -> int:
             f"{error}. The nodes need rclpy: source the ROS 2 distribution, or install the extra "
             "`ros`"
         ) from error
-    with tempfile.TemporaryDirectory() as folder, Listener() as listener:
-        outcome = _soak(args, bundle, listener, Path(folder))
+    with folder_of_logs() as folder, Listener() as listener:
+        outcome = _soak(args, bundle, listener, folder)
     cameras = bundle.manifest.robot.cameras
     sizes = ", ".join(f"{camera.width}x{camera.height}" for camera in cameras)
     print(
@@ -95,6 +96,19 @@ def run(args: argparse.Namespace) -> int:
     if not wrong:
         print("OK: nothing lost, nothing grown, nothing ended")
     return int(bool(wrong))
+
+
+@contextlib.contextmanager
+def folder_of_logs() -> Iterator[Path]:
+    """Make a folder that goes with the block, but stays for an error that names a log in it."""
+    folder = Path(tempfile.mkdtemp(prefix="groot_int8_soak_"))
+    with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder)
+        try:
+            yield folder
+        except LiveRunError:
+            stack.pop_all()
+            raise
 
 
 def _soak(args: argparse.Namespace, bundle: Bundle, listener: Listener, folder: Path) -> Outcome:

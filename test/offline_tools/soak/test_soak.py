@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from offline_tools.evaluate.node_processes import LiveRunError, node_process
+from offline_tools.soak.command import folder_of_logs
 from offline_tools.soak.ledger import Ledger, read_ledger, since
 from offline_tools.soak.report import JUDGED_S, Outcome, faults
 from offline_tools.soak.samples import Sample, read_sample, series
@@ -110,6 +113,22 @@ def test_a_process_is_read_from_outside() -> None:
     assert found.threads == 2
     assert found.files >= 4
     assert 0.0 < found.processor_s < 60.0
+
+
+def test_the_log_that_an_error_names_is_there_and_others_go() -> None:
+    with (  # noqa: PT012
+        pytest.raises(LiveRunError) as found,
+        folder_of_logs() as folder,
+        node_process(["-c", "print('why')"], folder / "policy_node.log") as process,
+    ):
+        process.wait(DEADLINE_S)
+        process.check_running()
+    (log,) = re.findall(r"\S+policy_node\.log", str(found.value))
+    assert Path(log).read_text() == "why\n"
+    shutil.rmtree(folder)
+    with folder_of_logs() as folder:
+        pass
+    assert not folder.exists()
 
 
 def test_chunks_that_an_executor_never_heard_are_found_lost(small_deployed: Path) -> None:
