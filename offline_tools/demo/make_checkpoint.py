@@ -9,9 +9,13 @@ import argparse
 from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
-from offline_tools.arguments import seed
+from offline_tools.arguments import positive_int, seed
 from offline_tools.dataset.lerobot import LeRobotDataset
-from offline_tools.demo.random_checkpoint import SIZES, write_random_checkpoint
+from offline_tools.demo.random_checkpoint import (
+    ACTION_HORIZON,
+    SIZES,
+    write_random_checkpoint,
+)
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +35,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)s)",
     )
     parser.add_argument(
+        "--horizon",
+        type=positive_int,
+        default=ACTION_HORIZON,
+        help="actions of a chunk (default: %(default)s)",
+    )
+    parser.add_argument(
         "--absolute-keys",
         nargs="*",
         default=[],
@@ -47,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         args.output,
         LeRobotDataset.open(args.dataset),
         size=args.size,
+        horizon=args.horizon,
         seed=args.seed,
         absolute_keys=tuple(args.absolute_keys),
     )

@@ -88,6 +88,7 @@ def write_random_checkpoint(
     dataset: LeRobotDataset,
     *,
     size: str = "tiny",
+    horizon: int = ACTION_HORIZON,
     seed: int = 0,
     absolute_keys: tuple[str, ...] = (),
 ) -> None:
@@ -100,12 +101,14 @@ def write_random_checkpoint(
         dataset: Gives cameras, keys and statistics.
         size: `tiny`, `narrow` (few blocks that a GPU takes for real ones), or `full` for the
             public sizes (6.6 GB).
+        horizon: Actions of a chunk.
         seed: Seed of the weights.
         absolute_keys: Action keys that are absolute targets; the others are relative to the state
             of the same name, if there is one.
 
     Raises:
-        ConfigurationError: A key given does not exist, or the robot has too many joints.
+        ConfigurationError: A key given does not exist, the robot has too many joints, or the
+            horizon is longer than the model's position table.
         OutputError: The folder cannot be written.
     """
     unknown = sorted(set(absolute_keys) - set(dataset.action_keys))
@@ -114,13 +117,20 @@ def write_random_checkpoint(
             f"the dataset has no action key {unknown[0]!r}; it has "
             f"{', '.join(dataset.action_keys)}"
         )
+    longest = SIZES[size].max_seq_len
+    if horizon > longest:
+        raise ConfigurationError(
+            f"a horizon of {horizon} needs as many positions, and size {size} has {longest}"
+        )
     with atomic_directory(folder) as target:
         vocabulary = write_small_tokenizer(target / "tokenizer.json")
         language = SIZES[size].language
         if max(vocabulary.values()) >= language.vocab_size:
             raise RuntimeError(f"{len(vocabulary)} tokens do not fit {language.vocab_size}")
         config = replace(
-            SIZES[size], language=replace(language, image_token_id=vocabulary[IMAGE_TOKEN])
+            SIZES[size],
+            language=replace(language, image_token_id=vocabulary[IMAGE_TOKEN]),
+            action_horizon=horizon,
         )
         relative = tuple(
             key
@@ -140,12 +150,16 @@ def write_random_checkpoint(
                 shortest_image_edge=_SHORTEST_IMAGE_EDGE,
             ),
         )
-        write_json(target / "statistics.json", {EMBODIMENT: _statistics(dataset, relative)})
+        write_json(
+            target / "statistics.json", {EMBODIMENT: _statistics(dataset, relative, horizon)}
+        )
         write_json(target / "embodiment_id.json", dict(PUBLIC_EMBODIMENT_IDS))
         _write_weights(target, config, seed)
 
 
-def _statistics(dataset: LeRobotDataset, relative: tuple[str, ...]) -> dict[str, Any]:
+def _statistics(
+    dataset: LeRobotDataset, relative: tuple[str, ...], horizon: int
+) -> dict[str, Any]:
     episodes = [dataset.episode(info.index) for info in dataset.episodes]
     return {
         "state": {
@@ -160,17 +174,17 @@ def _statistics(dataset: LeRobotDataset, relative: tuple[str, ...]) -> dict[str,
         },
         "relative_action": {
             key: dimension_statistics(
-                np.concatenate([_relative_chunks(episode, key) for episode in episodes])
+                np.concatenate([_relative_chunks(episode, key, horizon) for episode in episodes])
             )
             for key in relative
         },
     }
 
 
-def _relative_chunks(episode: Episode, key: str) -> Float32Array:
+def _relative_chunks(episode: Episode, key: str, horizon: int) -> Float32Array:
     """Return every chunk of an episode as offsets from its first state, (T, horizon, D)."""
     action, state = episode.action[key], episode.state[key]
-    rows = np.arange(len(action))[:, None] + np.arange(ACTION_HORIZON)
+    rows = np.arange(len(action))[:, None] + np.arange(horizon)
     chunks: Float32Array = action[np.minimum(rows, len(action) - 1)] - state[:, None]
     return chunks
 

@@ -148,6 +148,30 @@ def test_unknown_key_is_refused_and_nothing_is_written(tiny_dataset: Path, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_horizon_is_that_of_the_model_the_chunks_and_their_statistics(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    words = ["make-checkpoint", "--dataset", tiny_dataset, "--output", tmp_path / "c"]
+    assert main([*map(str, words), "--horizon", "24"]) == 0
+    config, _ = load_model_config(tmp_path / "c")
+    assert config.action_horizon == 24
+    arm = next(
+        key for key in load_processor(tmp_path / "c").action_keys if key.key == "single_arm"
+    )
+    assert arm.low is not None
+    assert arm.low.shape == (24, 5)
+
+
+def test_horizon_longer_than_the_position_table_is_refused(
+    tiny_dataset: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match="size tiny has 64"):
+        write_random_checkpoint(
+            tmp_path / "checkpoint", LeRobotDataset.open(tiny_dataset), horizon=65
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_command_writes_what_the_function_writes(
     tiny_checkpoint: Path, tiny_dataset: Path, tmp_path: Path
 ) -> None:
