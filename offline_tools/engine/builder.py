@@ -324,6 +324,8 @@ def configure_precision(
     if float32 is None and (build.calibration is not None or build.precision != "fp32"):
         # The image chain's whole numbers reach 2 ** 24: in FP16 nothing of a picture is left.
         float32 = _image_chain_values(build.graph)
+    if float32 is not None:
+        float32 |= _scores_of_odd_heads(build.graph)
     if build.calibration is not None:
         flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
     elif build.precision == "int8":
@@ -339,16 +341,19 @@ def configure_precision(
     return flags
 
 
-# What can lose by a lower precision; a shuffle or a gather moves values and changes none.
+# What can lose by a lower precision; a shuffle or a gather moves values and changes none. A
+# normalisation layer is computed in float32 whatever is allowed, and must not be held: 8.6 then
+# computes the whole region that it is fused into, the action head of a deployed graph, in float32.
 _ARITHMETIC = (
     "ACTIVATION",
     "ELEMENTWISE",
     "MATRIX_MULTIPLY",
-    "NORMALIZATION",
     "REDUCE",
     "SOFTMAX",
     "UNARY",
 )
+_ATTENTION_RANK = 4  # batch, heads, tokens, width of a head
+_FUSED_HEAD_MULTIPLE = 16
 
 
 def _float32_values(graph: Path) -> frozenset[str] | None:
@@ -390,6 +395,35 @@ def _image_chain_values(graph: Path) -> frozenset[str]:
         ):
             reached |= {value.name for value in node.outputs}
     return frozenset(name for name in reached - frames if name)
+
+
+def _scores_of_odd_heads(graph: Path) -> frozenset[str]:
+    """Return the attention scores of heads whose width is no multiple of 16.
+
+    With FP16 allowed, TensorRT 8.6 fuses attention into one kernel, whose output is wrong for the
+    vision tower's heads of 72 and right for those of 48 and 128. It does not fuse it where the
+    scores are to be float32.
+    """
+    import onnx_ir as ir
+
+    scores = set()
+    for node in ir.load(graph).graph:
+        shapes = [value.shape for value in node.inputs if value is not None and value.shape]
+        if node.op_type != "MatMul" or [len(shape) for shape in shapes] != [_ATTENTION_RANK] * 2:
+            continue  # by a weight, or of pixels
+        width, source = shapes[0][-1], _source_before_casts(node.inputs[0])
+        weighs_values = source is not None and source.op_type == "Softmax"
+        if not weighs_values and isinstance(width, int) and width % _FUSED_HEAD_MULTIPLE:
+            scores |= {value.name for value in node.outputs}
+    return frozenset(name for name in scores if name)
+
+
+def _source_before_casts(value: Any) -> Any:
+    """Return the node that computes a value, whatever its type became; None for an input."""
+    node = value.producer()
+    while node is not None and node.op_type == "Cast":
+        node = node.inputs[0].producer()
+    return node
 
 
 def _hold_float32(trt: Any, network: Any, float32: frozenset[str]) -> int:
