@@ -214,8 +214,11 @@ def forecast_of(job: EngineJob, library: Library) -> Forecast:
     )
     return forecast(
         [job.bundle / file for file in job.files],
-        workspace_mb=job.settings.workspace_mb,
+        graph_precision=job.record.precision,
+        precision=job.precision,
+        strongly_typed=library.strongly_typed,
         float_pairs=pairs,
+        workspace_mb=job.settings.workspace_mb,
         shared=job.device.integrated,
     )
 
