@@ -5,12 +5,13 @@ Which file the engine becomes and what stands beside it is `engines`' business; 
 between versions is `library`'s.
 
 Types. Where a TensorRT can be strongly typed (10 and later), every layer keeps the type that the
-graph states. 8.6 cannot: it gets the FP16 flag and, for what the graph computes in float32 on
-purpose (the RMSNorm's square reaches 2.6e8 in the real model, far over FP16's 65504), a constraint
-on each such layer. Asking for another precision than the graph's is possible for the comparison:
-BF16 from an FP16 graph whose types are exchanged (`bfloat16_form`), and any from an FP32 graph
-with weak typing; there no constraint can be read from the graph, and accuracy is the user's to
-judge.
+graph states. 8.6 cannot: it gets the FP16 flag, and constraints to float32 that are read from the
+graph: on each layer that it computes in float32 on purpose (the RMSNorm's square reaches 2.6e8 in
+the real model, far over FP16's 65504) but for normalisation layers, and on the attention scores of
+heads that 8.6 fuses wrongly. Asking for another precision than the graph's is possible for the
+comparison: BF16 from an FP16 graph whose types are exchanged (`bfloat16_form`), and any from an
+FP32 graph with weak typing. Of that only the image chain is held, and on 8.6 those scores; beyond
+that accuracy is the user's to judge.
 """
 
 from __future__ import annotations
@@ -324,7 +325,8 @@ def configure_precision(
     if float32 is None and (build.calibration is not None or build.precision != "fp32"):
         # The image chain's whole numbers reach 2 ** 24: in FP16 nothing of a picture is left.
         float32 = _image_chain_values(build.graph)
-    if float32 is not None:
+    if float32 is not None and not library.strongly_typed:
+        # The fault was found on 8.6; of the weakly typed builds of 10 nothing is known.
         float32 |= _scores_of_odd_heads(build.graph)
     if build.calibration is not None:
         flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
@@ -342,8 +344,10 @@ def configure_precision(
 
 
 # What can lose by a lower precision; a shuffle or a gather moves values and changes none. A
-# normalisation layer is computed in float32 whatever is allowed, and must not be held: 8.6 then
-# computes the whole region that it is fused into, the action head of a deployed graph, in float32.
+# normalisation layer is computed in float32 whatever is allowed (`compute_precision` of TensorRT's
+# INormalizationLayer, float32 by default), and must not be held: 8.6 then computes the whole
+# region that it is fused into, the action head of a deployed graph, in float32. RMSNorm is no such
+# layer: it comes as a square and a mean (Pow, ReduceMean), which are held.
 _ARITHMETIC = (
     "ACTIVATION",
     "ELEMENTWISE",
@@ -353,6 +357,8 @@ _ARITHMETIC = (
     "UNARY",
 )
 _ATTENTION_RANK = 4  # batch, heads, tokens, width of a head
+# Seen with 8.6.1 on an H100: heads of 72 were wrong, those of 48 and 128 right. That 16 is the
+# border is a guess.
 _FUSED_HEAD_MULTIPLE = 16
 
 
@@ -398,11 +404,10 @@ def _image_chain_values(graph: Path) -> frozenset[str]:
 
 
 def _scores_of_odd_heads(graph: Path) -> frozenset[str]:
-    """Return the attention scores of heads whose width is no multiple of 16.
+    """Return the attention scores of heads whose width is no multiple of `_FUSED_HEAD_MULTIPLE`.
 
     With FP16 allowed, TensorRT 8.6 fuses attention into one kernel, whose output is wrong for the
-    vision tower's heads of 72 and right for those of 48 and 128. It does not fuse it where the
-    scores are to be float32.
+    vision tower's heads of 72. It does not fuse it where the scores are to be float32.
     """
     import onnx_ir as ir
 

@@ -129,9 +129,9 @@ class _Layer:
 
 
 def _stand_in(
-    graph: Path, kinds: dict[str, str]
+    graph: Path, kinds: dict[str, str], version: str = "8.6.1"
 ) -> tuple[list[tuple[Any, _Layer]], types.SimpleNamespace, Library]:
-    """Return a graph's nodes of some operators with their layers, in a network of TensorRT 8.6."""
+    """Return a graph's nodes of some operators with their layers, in a network of TensorRT."""
     pairs = [
         (node, _Layer(kinds[node.op_type], str(value.name)))
         for node in onnx_ir.load(graph).graph
@@ -140,7 +140,7 @@ def _stand_in(
     ]
     layers = [layer for _, layer in pairs]
     network = types.SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
-    library = _library("8.6.1")
+    library = _library(version)
     library.trt.LayerType = types.SimpleNamespace(**{kind: kind for kind in kinds.values()})
     library.trt.float32 = "float32"
     for name in ("FP16", "INT8", "OBEY_PRECISION_CONSTRAINTS"):
@@ -149,7 +149,7 @@ def _stand_in(
 
 
 def _is_score_of_odd_heads(node: Any) -> bool:
-    return node.op_type == "MatMul" and node.inputs[0].shape[-1] == 12
+    return bool(node.op_type == "MatMul" and node.inputs[0].shape[-1] == 12)
 
 
 @pytest.mark.parametrize(("precision", "calibrated"), [("int8", True), ("fp16", False)])
@@ -234,6 +234,20 @@ def test_attention_that_is_fused_wrongly_is_kept_from_it_and_no_other(
     backbone, head = held.values()
     assert 0 < backbone[0] < backbone[1]
     assert head[0] == 0 < head[1]
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_fault_of_8_6_constrains_no_weakly_typed_build_of_10(
+    tiny_bundle: Path, calibrated: bool
+) -> None:
+    graph = open_bundle(tiny_bundle, verify_hashes=False).graph_path("backbone")
+    for version, constrained in (("8.6.1", True), ("10.3.0", False)):
+        pairs, network, library = _stand_in(graph, {"MatMul": "MATRIX_MULTIPLY"}, version)
+        calibration = Calibration(None, b"cache") if calibrated else None
+        build = GraphBuild(graph, "fp32", "int8" if calibrated else "fp16", {}, {}, calibration)
+        config = types.SimpleNamespace(set_flag=lambda _: None)
+        configure_precision(config, network, build, library)
+        assert any(layer.held for _, layer in pairs) == constrained
 
 
 def test_a_normalisation_is_not_held_for_it_takes_the_head_with_it(fp16_deployed: Path) -> None:
