@@ -381,9 +381,19 @@ def test_quantised_graph_builds_in_both_forms_of_its_weights(
         assert memoryview(built.plan).nbytes > 0
 
 
-@pytest.mark.parametrize("name", ["backbone", "dit"])
-def test_half_precision_graph_builds_in_bfloat16(fp16_bundle: Path, name: str) -> None:
-    bundle = open_bundle(fp16_bundle, verify_hashes=False)
+@pytest.mark.parametrize(
+    ("fixture", "name"),
+    [
+        ("fp16_bundle", "backbone"),
+        ("fp16_bundle", "dit"),
+        ("fp16_deployed", "backbone"),
+        ("fp16_deployed", "action_head"),
+    ],
+)
+def test_half_precision_graph_builds_in_bfloat16(
+    request: pytest.FixtureRequest, fixture: str, name: str
+) -> None:
+    bundle = open_bundle(request.getfixturevalue(fixture), verify_hashes=False)
     record = bundle.manifest.graphs[name]
     profiles = lengths_of(bundle).profiles(record.inputs)
     build = GraphBuild(bundle.graph_path(name), "fp16", "bf16", record.inputs, profiles)
