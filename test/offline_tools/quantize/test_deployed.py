@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +13,16 @@ import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.policy import Policy
+from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.engine.rtx import check_build
 from offline_tools.engine.verdicts import Precision
+from offline_tools.quantize.arithmetic import rotation_block
 from offline_tools.quantize.int8_bundle import QuantizeOptions, audit_bundle, quantize_bundle
 from offline_tools.quantize.layers import FLOAT_PARTS, find_layers, groups, load_graph
+from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.search import section
 from offline_tools.quantize.sensitivity import Group
+from offline_tools.quantize.statistics import collect
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +132,48 @@ def test_tensorrt_rtx_builds_the_int8_graphs(int8: Path, graph: str) -> None:
         pytest.skip("tensorrt_rtx is not installed")
     bundle = open_bundle(int8)
     result = check_build(bundle.graph_path(graph), bundle.manifest.graphs[graph], {})
+    assert result.engine_bytes > 0
+
+
+@pytest.mark.parametrize("graph", ["backbone", "action_head"])
+@pytest.mark.parametrize(
+    ("fixture", "scheme", "rotated"),
+    [
+        # What the demonstration ships: its float bundle is float32.
+        ("deployed_bundle", LayerScheme("row", None, 0.5), False),
+        # What `auto` may choose and no fixed scheme does.
+        ("fp16_deployed", LayerScheme("row"), True),
+    ],
+)
+def test_tensorrt_rtx_builds_what_is_migrated_from_float32_and_what_is_rotated(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    fixture: str,
+    scheme: LayerScheme,
+    rotated: bool,
+    graph: str,
+) -> None:
+    if importlib.util.find_spec("tensorrt_rtx") is None:
+        pytest.skip("tensorrt_rtx is not installed")
+    bundle = open_bundle(request.getfixturevalue(fixture), verify_hashes=False)
+    source, record = bundle.graph_path(graph), bundle.manifest.graphs[graph]
+    layers = find_layers(load_graph(source))
+    random = np.random.RandomState(0)
+    feed = {
+        name: random.randint(0, 2, spec.shape).astype(spec.dtype)  # type: ignore[arg-type]
+        for name, spec in record.inputs.items()
+    }
+    plan = {
+        layer.name: replace(scheme, rotation=rotation_block(layer.in_channels))
+        if rotated
+        else scheme
+        for layer in layers
+    }
+    target = tmp_path / source.name
+    statistics = None if rotated else collect(source, lambda: iter([feed]), threads=1)
+    quantize_graph(source, target, plan, statistics)
+    assert not rotated or any(one.rotation for one in plan.values())
+    result = check_build(target, replace(record, precision="int8"), {})
     assert result.engine_bytes > 0
 
 
