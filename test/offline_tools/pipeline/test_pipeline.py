@@ -120,6 +120,30 @@ def test_the_plan_says_what_would_run_and_runs_nothing(
     assert re.search(r"^about \d+ (s|min) in all$", printed, re.MULTILINE)
 
 
+def test_the_first_plan_does_not_promise_a_true_size_model_in_minutes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # Measured on two cores: `auto` 76 min with 16 samples, `row` 150 s, 188 s of capturing.
+    (tmp_path / "checkpoint").mkdir()
+    weights = tmp_path / "checkpoint" / "model.safetensors"
+    weights.write_bytes(b"0")
+    os.truncate(weights, 5_900_000_000)
+    folders = ("--checkpoint", weights.parent, "--dataset", tmp_path, "--output", tmp_path / "o")
+    minutes = {}
+    for scheme in ("auto", "row"):
+        options = ("--scheme", scheme, "--samples", "16", "--plan")
+        assert main(["pipeline", *map(str, folders), *options]) == 0
+        printed = capsys.readouterr().out
+        for step, number, unit in re.findall(
+            r"^(\w+) +run +(\d+) (s|min) ", printed, re.MULTILINE
+        ):
+            minutes[scheme, step] = float(number) / (60.0 if unit == "s" else 1.0)
+    assert 76 <= minutes["auto", "quantize"] <= 120
+    # Printed as whole minutes.
+    assert 2 <= minutes["row", "quantize"] <= 10
+    assert 3 <= minutes["row", "calibrate"] <= 10
+
+
 def test_changed_option_runs_its_step_and_those_behind_it(
     again: Callable[..., tuple[list[str], str]], output: Path
 ) -> None:
