@@ -150,6 +150,7 @@ def run(args: argparse.Namespace) -> int:
         "threads": args.threads,
         "int8_kernels": args.int8_kernels,
         "inputs": len(inputs),
+        "inputs_sha256": inputs.sha256,
         "seed": args.seed if args.inputs is None else None,
     }
     print(_heading(args, settings))
@@ -226,4 +227,5 @@ def _heading(args: argparse.Namespace, settings: dict[str, object]) -> str:
         f"{machine['processor']}, {machine['cores']} cores, int8 instructions: {int8}\n"
         f"{settings['engine']}, {settings['rounds']} rounds after {settings['warmup']} of "
         f"warm-up, {settings['inputs']} inputs in turn\n"
+        f"inputs: sha256 {settings['inputs_sha256']}\n"
     )

@@ -8,6 +8,7 @@ on what is seen, but a JPEG-like or black frame would flatter caches and zero-sk
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,15 @@ class FrozenInputs:
         """Return how many there are."""
         return len(self.observations)
 
+    @property
+    def sha256(self) -> str:
+        """Hash of all names, types, shapes and values, however they were stored."""
+        digest = hashlib.sha256()
+        for name, array in sorted(_arrays(self).items()):
+            digest.update(f"{name} {array.dtype.str} {array.shape}\n".encode())
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
 
 def generate_inputs(bundle: Bundle, instruction: str, count: int, seed: int) -> FrozenInputs:
     """Make up observations for a bundle's robot.
@@ -77,15 +87,8 @@ def write_inputs(path: Path, inputs: FrozenInputs) -> None:
     Raises:
         OutputError: The file cannot be written; nothing half-written is left.
     """
-    arrays: dict[str, NDArray[Any]] = {"count": np.array(len(inputs))}
-    for index, (one, noise) in enumerate(zip(inputs.observations, inputs.noise, strict=True)):
-        arrays[f"{index}/instruction"] = np.array(one.instruction)
-        arrays[f"{index}/stamp_ns"] = np.array(one.stamp_ns, np.int64)
-        arrays[f"{index}/noise"] = noise
-        arrays |= {f"{index}/images/{key}": value for key, value in one.images.items()}
-        arrays |= {f"{index}/state/{key}": value for key, value in one.state.items()}
     with atomic_file(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+        np.savez(file, **_arrays(inputs))  # type: ignore[arg-type]
 
 
 def read_inputs(path: Path) -> FrozenInputs:
@@ -144,6 +147,17 @@ def instructions_of(bundles: Sequence[Bundle]) -> list[str]:
         if bundle.manifest.prompts is not None
     ]
     return [text for text in banks[0] if all(text in bank for bank in banks)] if banks else []
+
+
+def _arrays(inputs: FrozenInputs) -> dict[str, NDArray[Any]]:
+    arrays: dict[str, NDArray[Any]] = {"count": np.array(len(inputs), np.int64)}
+    for index, (one, noise) in enumerate(zip(inputs.observations, inputs.noise, strict=True)):
+        arrays[f"{index}/instruction"] = np.array(one.instruction)
+        arrays[f"{index}/stamp_ns"] = np.array(one.stamp_ns, np.int64)
+        arrays[f"{index}/noise"] = noise
+        arrays |= {f"{index}/images/{key}": value for key, value in one.images.items()}
+        arrays |= {f"{index}/state/{key}": value for key, value in one.state.items()}
+    return arrays
 
 
 def _scene(random: np.random.RandomState, height: int, width: int) -> UInt8Array:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -36,8 +38,52 @@ def test_frozen_inputs_read_back_to_the_bit_and_follow_their_seed(
             assert np.array_equal(image, other.images[key])
             assert len(np.unique(image)) > 100
     assert all(map(np.array_equal, made.noise, read.noise))
-    other_seed = generate_inputs(bundle, "do it", 1, seed=4).observations[0].images
-    assert not np.array_equal(other_seed["front"], made.observations[0].images["front"])
+    new = generate_inputs(bundle, "do it", 2, seed=4)
+    images = [inputs.observations[0].images["front"] for inputs in (made, new)]
+    assert not np.array_equal(images[0], images[1])
+    assert made.sha256 == read.sha256 == generate_inputs(bundle, "do it", 2, seed=3).sha256
+    assert made.sha256 != new.sha256
+
+
+def test_hash_of_the_inputs_sees_every_kind_of_value(tiny_bundle: Path) -> None:
+    bundle = open_bundle(tiny_bundle)
+    made = generate_inputs(bundle, "do it", 2, seed=3)
+    first, second = made.observations
+    noise = made.noise[1].copy()
+    noise[-1, -1] += 1e-3
+    image = first.images["front"].copy()
+    image[0, 0, 0] ^= 1
+    changes: list[dict[str, Any]] = [
+        {"images": {**first.images, "front": image}},
+        {"state": {key: value + 1 for key, value in first.state.items()}},
+        {"instruction": "do that"},
+    ]
+    others = [
+        replace(made, noise=(made.noise[0], noise)),
+        replace(made, observations=(second, first)),
+        *(replace(made, observations=(replace(first, **one), second)) for one in changes),
+    ]
+    assert len({inputs.sha256 for inputs in (made, *others)}) == 1 + len(others)
+
+
+def test_report_names_its_inputs_whether_made_or_read(
+    small_deployed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = str(tmp_path / "inputs.npz")
+
+    def reported(*words: str) -> str:
+        output = tmp_path / words[0]
+        command = ["benchmark", "--bundle", str(small_deployed), "--output", str(output)]
+        command += ["--rounds", "1", "--warmup", "0", "--no-memory", *words]
+        assert main(command) == 0
+        content = json.loads((output / "benchmark.json").read_text())
+        found: str = content["settings"]["inputs_sha256"]
+        assert f"inputs: sha256 {found}" in capsys.readouterr().out
+        return found
+
+    made, read = reported("--write-inputs", file), reported("--inputs", file)
+    assert made == read == read_inputs(Path(file)).sha256
+    assert reported("--seed", "1") != made
 
 
 def test_inputs_of_another_robot_are_refused_by_what_differs(
