@@ -244,7 +244,7 @@ def test_policy_that_was_closed_says_so(tiny_bundle: Path) -> None:
 
 
 def _golden(golden_dir: Path, folder: Path, **options: Any) -> Path:
-    """Export the recorded checkpoint in float32 with four denoising steps."""
+    """Export the recorded checkpoint in float32, with four denoising steps unless told."""
     pytest.importorskip("torch", reason="exporting the recorded checkpoint needs torch")
     pytest.importorskip("transformers", reason="exporting needs transformers")
     from offline_tools.export.bundle_writer import ExportOptions, write_bundle
@@ -276,11 +276,18 @@ def golden_bundle(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) ->
     return _golden(golden_dir, tmp_path_factory.mktemp("golden"), graphs="reference")
 
 
-@pytest.fixture(scope="session")
-def golden_deployed(golden_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    instructions = tuple(entry["instruction"] for entry in _recorded(golden_dir))
-    folder = tmp_path_factory.mktemp("golden_deployed")
-    return _golden(golden_dir, folder, graphs="deployed", instructions=instructions)
+@pytest.fixture(scope="session", params=[1, 2, 4])
+def golden_deployed(
+    golden_dir: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
+) -> Path:
+    """With as many denoising steps as the parameter says: they are unrolled into the graph."""
+    return _golden(
+        golden_dir,
+        tmp_path_factory.mktemp("golden_deployed"),
+        graphs="deployed",
+        instructions=tuple(entry["instruction"] for entry in _recorded(golden_dir)),
+        denoising_steps=request.param,
+    )
 
 
 def _recorded(golden_dir: Path) -> list[dict[str, Any]]:
@@ -332,13 +339,14 @@ def test_deployed_graphs_give_the_recorded_actions_too(
     policy = Policy.load(golden_deployed, threads=2)
     graphs = policy.graphs
     assert isinstance(graphs, DeployedGraphs)
+    recorded = f"n{policy.manifest.denoising_steps}"
     for entry in _recorded(golden_dir):
         with np.load(golden_dir / f"golden_obs{entry['index']}.npz") as arrays:
             observation = _golden_observation(entry, arrays)
             noise, pixels = arrays["noise"][0], arrays["pixel_values"]
-            expected = arrays["n4.action_pred"][0]
+            expected = arrays[f"{recorded}.action_pred"][0]
             chunk = policy.infer(observation, noise=noise)
-            decoded = {key: arrays[f"n4.decoded.{key}"][0] for key in chunk.actions}
+            decoded = {key: arrays[f"{recorded}.decoded.{key}"][0] for key in chunk.actions}
         inputs = graphs.preprocess(observation)
         feeds = [graphs.backbone_feeds(inputs)]
         cut = CutBackbone(golden_deployed / "onnx" / "backbone.onnx", pixels.shape)
