@@ -31,8 +31,10 @@ from groot_int8_ros.policy.types import Float32Array, Int64Array
 
 PROMPT_FOLDER = "prompts"
 
-# Padded prefixes that are kept in memory, a few megabytes each at true size.
-_KEPT_PREFIXES = 8
+# Padded prefixes that are kept in memory, a few megabytes each at true size: those that can be
+# read again, and those that took a run of the prefix model.
+_KEPT_OF_FILES = 8
+_KEPT_COMPUTED = 32
 
 _TENSORS = (*LANGUAGE_PREFIX, *TEXT_PREFIX)
 
@@ -164,6 +166,18 @@ def _key(input_ids: Int64Array) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
+def _keep(
+    kept: OrderedDict[str, dict[str, NDArray[Any]]],
+    key: str,
+    feeds: dict[str, NDArray[Any]],
+    most: int,
+) -> None:
+    kept[key] = feeds
+    kept.move_to_end(key)
+    while len(kept) > most:
+        kept.popitem(last=False)
+
+
 class PromptBank:
     """The prefixes of a deployed bundle, and those that were computed since.
 
@@ -199,7 +213,8 @@ class PromptBank:
         self._checkpoint_sha256 = checkpoint_sha256
         self._specs = {name: specs[name] for name in _TENSORS}
         self._files: dict[str, Path] = {}
-        self._ready: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
+        self._of_files: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
+        self._computed: OrderedDict[str, dict[str, NDArray[Any]]] = OrderedDict()
         self.has_prefix_model = has_prefix_model
         self.instructions: tuple[str, ...] = tuple(r.text for r in records.instructions)
         for record in records.instructions:
@@ -239,7 +254,7 @@ class PromptBank:
     def knows(self, input_ids: Int64Array) -> bool:
         """Whether there is a prefix of these token ids."""
         key = _key(input_ids)
-        return key in self._ready or key in self._files
+        return key in self._computed or key in self._files
 
     def check_length(self, input_ids: Int64Array) -> None:
         """Raise `ObservationError` if a prefix is longer than the graphs have room for."""
@@ -251,12 +266,16 @@ class PromptBank:
             )
 
     def add(self, prefix: PromptPrefix) -> None:
-        """Take in a prefix that was computed since; it is forgotten when the policy is closed.
+        """Take in a prefix that was computed since.
+
+        The 32 of them that were used last are kept until the policy is closed, whatever else is
+        asked; the oldest beyond that is forgotten, so that memory has a bound.
 
         Raises:
             BundleError: It is of another checkpoint or does not fit the graphs.
         """
-        self._keep(_key(prefix.input_ids), self._padded(self._checked(prefix, "the new prefix")))
+        feeds = self._padded(self._checked(prefix, "the new prefix"))
+        _keep(self._computed, _key(prefix.input_ids), feeds, _KEPT_COMPUTED)
 
     def feeds(self, input_ids: Int64Array) -> Mapping[str, NDArray[Any]]:
         """Return the graphs' inputs for a prefix.
@@ -273,10 +292,14 @@ class PromptBank:
         """
         self.check(input_ids)
         key = _key(input_ids)
-        if key not in self._ready:
-            self._keep(key, self._padded(self._read(self._files[key])))
-        self._ready.move_to_end(key)
-        return self._ready[key]
+        if key in self._computed:
+            self._computed.move_to_end(key)
+            return self._computed[key]
+        if key not in self._of_files:
+            read = self._padded(self._read(self._files[key]))
+            _keep(self._of_files, key, read, _KEPT_OF_FILES)
+        self._of_files.move_to_end(key)
+        return self._of_files[key]
 
     def blank(self) -> Mapping[str, NDArray[Any]]:
         """Return inputs of a prefix without any token, for a first run that nobody reads."""
@@ -287,11 +310,6 @@ class PromptBank:
         tensors = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         empty = np.zeros(0, np.int64)
         return self._padded(PromptPrefix(empty, self._checkpoint_sha256, self._length, tensors))
-
-    def _keep(self, key: str, feeds: dict[str, NDArray[Any]]) -> None:
-        self._ready[key] = feeds
-        while len(self._ready) > _KEPT_PREFIXES:
-            self._ready.popitem(last=False)
 
     def _padded(self, prefix: PromptPrefix) -> dict[str, NDArray[Any]]:
         feeds: dict[str, NDArray[Any]] = {

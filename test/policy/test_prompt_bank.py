@@ -17,7 +17,13 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.prefix_model import PrefixProcess, compute_prefix
-from groot_int8_ros.policy.prompt_bank import PromptPrefix, read_prefix
+from groot_int8_ros.policy.prompt_bank import (
+    PromptBank,
+    PromptPrefix,
+    PromptRecord,
+    PromptRecords,
+    read_prefix,
+)
 
 Reseal = Callable[[Path], None]
 
@@ -156,6 +162,49 @@ def test_prefix_with_nan_is_refused(small_copy: Path, reseal: Reseal) -> None:
     reseal(small_copy)
     with pytest.raises(BundleError, match="prefix_values holds NaN"):
         Policy.load(small_copy)
+
+
+def _bank(folder: Path, graphs: DeployedGraphs, prefixes: list[PromptPrefix]) -> PromptBank:
+    (folder / "prompts").mkdir()
+    for prefix in prefixes:
+        prefix.write(folder / prefix.file)
+    ids = {prefix.file: prefix.input_ids for prefix in prefixes}
+    length = prefixes[0].first_position + prefixes[0].input_ids.size
+    records = tuple(PromptRecord(file, file, len(own)) for file, own in ids.items())
+    return PromptBank(
+        folder,
+        PromptRecords(length, records),
+        checkpoint_sha256=prefixes[0].checkpoint_sha256,
+        specs=graphs.bank._specs,
+        has_prefix_model=True,
+        encode=ids.__getitem__,
+    )
+
+
+def test_what_the_robot_computed_outlives_what_can_be_read_again_and_memory_is_bounded(
+    small_deployed: Path, graphs: DeployedGraphs, tmp_path: Path
+) -> None:
+    first = read_prefix(_file(small_deployed))
+
+    def made(number: int) -> PromptPrefix:
+        return replace(first, input_ids=first.input_ids + number)
+
+    filed, computed = [made(n) for n in range(12)], [made(n) for n in range(12, 45)]
+    bank = _bank(tmp_path, graphs, filed)
+    bank.add(computed[0])
+    kept = bank.feeds(computed[0].input_ids)
+    for prefix in filed:
+        bank.feeds(prefix.input_ids)
+    assert bank.feeds(computed[0].input_ids) is kept
+    for prefix in computed[1:32]:
+        bank.add(prefix)
+    assert all(bank.knows(prefix.input_ids) for prefix in computed[:32])
+    # Used a moment ago, so another one makes room.
+    bank.feeds(computed[0].input_ids)
+    bank.add(computed[32])
+    known = [bank.knows(prefix.input_ids) for prefix in (*filed, *computed)]
+    assert known == [True] * (12 + 1) + [False] + [True] * 31
+    assert len(bank._of_files) + len(bank._computed) == 8 + 32
 
 
 @pytest.fixture
