@@ -55,7 +55,10 @@ class Line:
         head_ms: Median of everything behind it, all denoising steps.
         total_ms: Median of the sum.
         total_p99_ms: 99th percentile of the sum.
-        floor_ms: Below which this GPU cannot be: each weight read once, all products done.
+        backbone_floor_ms: Below which this GPU's backbone cannot be: each weight read once, all
+            products done.
+        head_floor_ms: The same of the head.
+        floor_ms: Of one after the other.
         flops: Of one observation.
     """
 
@@ -65,6 +68,8 @@ class Line:
     head_ms: float
     total_ms: float
     total_p99_ms: float
+    backbone_floor_ms: float
+    head_floor_ms: float
     floor_ms: float
     flops: int
 
@@ -100,7 +105,10 @@ def run(args: argparse.Namespace) -> int:
         f"{ceilings.bytes_per_s / 1e12:.2f} TB/s of a copy, "
         f"{ceilings.flops_per_s / 1e12:.0f} TFLOP/s of a product, measured\n"
     )
-    print("| cameras | steps | horizon | graphs | backbone | head | total, p99 | floor | ratio |")
+    print(
+        "| cameras | steps | horizon | graphs | backbone (floor) | head (floor) | total, p99 | "
+        "floor | ratio |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     lines: list[Line] = []
     for cameras in args.cameras:
@@ -170,7 +178,9 @@ def _line(
     own = [f"{family} {name}" for name in ("backbone", "head")]
     backbone, head = (np.array(times[name]) for name in own)
     flops = sum(parts[name].flops for name in own)
-    floor_s = sum(ceilings.floor_s(parts[name].weight_bytes, parts[name].flops) for name in own)
+    floors_ms = [
+        1e3 * ceilings.floor_s(parts[name].weight_bytes, parts[name].flops) for name in own
+    ]
     return Line(
         setting=setting,
         family=family,
@@ -178,7 +188,9 @@ def _line(
         head_ms=float(np.median(head)),
         total_ms=float(np.median(backbone + head)),
         total_p99_ms=float(np.percentile(backbone + head, 99)),
-        floor_ms=1e3 * floor_s,
+        backbone_floor_ms=floors_ms[0],
+        head_floor_ms=floors_ms[1],
+        floor_ms=sum(floors_ms),
         flops=flops,
     )
 
@@ -187,7 +199,8 @@ def _print(line: Line, first: Line) -> None:
     one = line.setting
     print(
         f"| {one.cameras} | {one.steps} | {one.horizon} | {line.family} | {line.backbone_ms:.2f} "
-        f"| {line.head_ms:.2f} | {line.total_ms:.2f}, {line.total_p99_ms:.2f} | "
-        f"{line.floor_ms:.2f} | {first.total_ms / line.total_ms:.2f} |",
+        f"({line.backbone_floor_ms:.2f}) | {line.head_ms:.2f} ({line.head_floor_ms:.2f}) | "
+        f"{line.total_ms:.2f}, {line.total_p99_ms:.2f} | {line.floor_ms:.2f} | "
+        f"{first.total_ms / line.total_ms:.2f} |",
         flush=True,
     )
