@@ -7,7 +7,8 @@ Two things make an interval. The spread of the fit: the errors on engines whose 
 left out. And what INT8 really brings: at best, its products run at the INT8 fraction of the peak
 and its weights move half the bytes; of the time that this would save, the published pairs of a
 float and an INT8 engine saved only a part. The interval reaches from the best case to the least
-that a pair saved; the middle takes the pairs' mean.
+that a pair saved; the middle takes the pairs' mean. Each pair is left out once as well: its INT8
+engine is predicted from its float one and from what the other pairs saved.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from offline_tools.cost.published import (
     points_of,
     read_rows,
     row_work,
+    why_not_predicted,
 )
 from offline_tools.cost.reference_work import reference_backbone, reference_head
 from offline_tools.cost.roofline import (
@@ -62,6 +64,7 @@ class PublishedModel:
     Attributes:
         efficiency: Fitted to the published TensorRT engines.
         spread: Factor within which 90 % of unseen devices should lie.
+        pairs: The published rows that differ in INT8 alone: (float, INT8).
         savings: Of the time that INT8 could save, what each published pair saved.
     """
 
@@ -72,11 +75,11 @@ class PublishedModel:
         self.efficiency = fit.efficiency
         self._engines = fit.left_out()
         self.spread = spread(self._engines)
+        self.pairs = int8_pairs(self.rows)
         self.savings = {
-            f"{quantised.label}, cameras: {quantised.text('images')}": self._saving(
-                exact, quantised
-            )
-            for exact, quantised in int8_pairs(self.rows)
+            _pair_label(quantised): (1 - _total_ms(quantised) / _total_ms(exact))
+            / self._possible(quantised)
+            for exact, quantised in self.pairs
         }
 
     def left_out(self) -> dict[str, list[LeftOut]]:
@@ -86,6 +89,28 @@ class PublishedModel:
             if runtime != TENSORRT:
                 results[runtime] = [self._other(runtime, point) for point in points]
         return results
+
+    def int8_left_out(self) -> list[tuple[str, float, float]]:
+        """Return each pair's INT8 engine: label, published and predicted milliseconds.
+
+        Predicted from its float engine's time, and from what the other pairs saved.
+        """
+        results = []
+        for exact, quantised in self.pairs:
+            label = _pair_label(quantised)
+            others = [share for name, share in self.savings.items() if name != label]
+            predicted = after_int8(_total_ms(exact), self._possible(quantised), others)
+            results.append((label, _total_ms(quantised), predicted))
+        return results
+
+    def not_predicted(self) -> list[tuple[Row, str]]:
+        """Return the rows without any prediction, each with the reason."""
+        in_pairs = [quantised for _, quantised in self.pairs]
+        return [
+            (row, why_not_predicted(row))
+            for row in self.rows
+            if not row.text("backbone_runtime") and row not in in_pairs
+        ]
 
     def totals(self) -> list[tuple[str, float, float]]:
         """Return whole inferences in TensorRT: label, published and fitted milliseconds.
@@ -135,16 +160,25 @@ class PublishedModel:
             return engine(point) + len(point.launches) * sum(each) / len(each)
         return engine(point) * factor(known, engine)
 
-    def _saving(self, exact: Row, quantised: Row) -> float:
-        """Return the share of the possible saving that a published pair reached."""
+    def _possible(self, quantised: Row) -> float:
+        """Return the share of the time that INT8 could save at best in a row's work."""
         device = find_device(quantised.text("device_key"), quantised.text("mode"))
         graphs = _work_or_stand_in(quantised)
         without = seconds(observation(graphs), device, self.efficiency)
         best = seconds(observation([as_int8(g) for g in graphs]), device, self.efficiency)
-        before, after = exact.number("total_ms"), quantised.number("total_ms")
-        assert before is not None
-        assert after is not None
-        return (1 - after / before) / (1 - best / without)
+        return 1 - best / without
+
+
+def after_int8(before: float, possible: float, shares: Sequence[float]) -> float:
+    """Return a float engine's time after INT8, in the unit it was given in.
+
+    Args:
+        before: The float engine's time.
+        possible: Share of it that INT8 could save at best.
+        shares: Of that, what each known pair saved; none: nothing is saved.
+    """
+    saved = sum(shares) / len(shares) if shares else 0.0
+    return before * (1 - saved * possible)
 
 
 def efficiency_text(efficiency: Efficiency) -> str:
@@ -154,6 +188,16 @@ def efficiency_text(efficiency: Efficiency) -> str:
         f"{efficiency.bandwidth:.0%} of the bandwidth, "
         f"{efficiency.launch_s * 1e6:.1f} us a launch"
     )
+
+
+def _pair_label(quantised: Row) -> str:
+    return f"{quantised.label}, cameras: {quantised.text('images')}"
+
+
+def _total_ms(row: Row) -> float:
+    value = row.number("total_ms")
+    assert value is not None
+    return value
 
 
 def _work_or_stand_in(row: Row) -> tuple[GraphWork, ...]:

@@ -5,7 +5,8 @@ rows show what INT8 brings. Must not import torch.
 
 Every published N1.6 engine ran the graphs of the reference implementation, so the work is that of
 the reference graphs at the shapes that the source names or that `assumed` fills in. N1.7 is
-another network, whose sizes are not known here: its rows are carried, and used as INT8 pairs.
+another network, whose sizes are not known here: its rows are carried, and used as INT8 pairs. A
+row that nothing predicts is carried with the reason.
 """
 
 from __future__ import annotations
@@ -119,6 +120,15 @@ def points_of(rows: Iterable[Row]) -> dict[str, list[Point]]:
         if backbone_ms is None and head_ms is None and total is not None:
             add(row, "backbone and head", (backbone, *head), total - (before or 0.0), stages[0])
     return points
+
+
+def why_not_predicted(row: Row) -> str:
+    """Return the reason for a row that names no runtimes and is no INT8 engine of a pair."""
+    if row.text("precision").startswith("w4"):
+        return "no other engine shows what 4 bits save"
+    if row.text("model") != "N1.6":
+        return f"the sizes of {row.text('model')} are not known here"
+    return "no float engine of the same source"
 
 
 def int8_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:

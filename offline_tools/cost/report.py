@@ -76,11 +76,13 @@ def model_text(model: PublishedModel) -> Iterator[str]:
     yield "whole inferences in TensorRT, with the time around the engines as published:"
     for label, was, fitted in model.totals():
         yield f"  {label:70}{was:>7.1f}   fitted {fitted:.1f} ({fitted / was - 1:+.0%})"
-    unpredicted = [row for row in model.rows if not row.text("backbone_runtime")]
-    yield "not predicted (INT8 and INT4 plug-ins; N1.7 is another network):"
-    for row in unpredicted:
+    yield "INT8 engines, from the float engine beside them and what the other pairs saved:"
+    for label, was, predicted in model.int8_left_out():
+        yield f"  {label:70}{was:>7.1f}{f'{predicted:.1f} ({predicted / was - 1:+.0%})':>16}"
+    yield "not predicted:"
+    for row, reason in model.not_predicted():
         label = f"{row.label}, {row.text('precision')}"
-        yield f"  {label:70}{row.text('total_ms'):>7}"
+        yield f"  {label:70}{row.text('total_ms'):>7}   {reason}"
 
 
 def _errors(result: LeftOut) -> str:
