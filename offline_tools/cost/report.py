@@ -98,11 +98,13 @@ def _errors(result: LeftOut) -> str:
 
 def sums_json(graphs: Sequence[GraphWork]) -> dict[str, Any]:
     """Return the numbers of some graphs."""
-    sums = total(observation(graphs))
+    return {**_sums_json(total(observation(graphs))), "stored_bytes": stored(graphs)}
+
+
+def _sums_json(sums: Sums) -> dict[str, Any]:
     return {
         "flops": sums.flops,
         "int8_flops": sums.int8_flops,
-        "stored_bytes": stored(graphs),
         "weight_bytes_read": sums.weight_bytes,
         "activation_bytes": sums.activation_bytes,
         "launches": sums.launches,
@@ -116,12 +118,7 @@ def graphs_json(graphs: Sequence[GraphWork]) -> dict[str, Any]:
             "runs": graph.runs,
             **sums_json([graph]),
             "kinds": {
-                kind: {
-                    "flops": sums.flops,
-                    "int8_flops": sums.int8_flops,
-                    "launches": sums.launches,
-                }
-                for kind, sums in by_kind(observation([graph])).items()
+                kind: _sums_json(sums) for kind, sums in by_kind(observation([graph])).items()
             },
         }
         for graph in graphs

@@ -44,6 +44,11 @@ def test_bundle_is_counted_without_torch(
         "dit": 4,
         "action_decoder": 4,
     }
+    summed = ("flops", "int8_flops", "weight_bytes_read", "activation_bytes", "launches")
+    for graph in content["graphs"].values():
+        for number in summed:
+            assert sum(kind[number] for kind in graph["kinds"].values()) == graph[number]
+    assert content["graphs"]["dit"]["kinds"]["DiT MLP"]["weight_bytes_read"] > 0
     predicted = content["predicted"]["Orin NX 16 GB, 25W"]
     assert 0 < predicted["low_ms"] < predicted["expected_ms"] < predicted["high_ms"]
 
