@@ -44,7 +44,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME[:MODE]",
-        help="predict for this device alone; may be given several times. Known: "
+        help="predict for this device alone, layer kind by layer kind; may be given several "
+        "times. Known: "
         + "; ".join(f"{name} ({', '.join(modes)})" for name, modes in DEVICES.items()),
     )
     parser.add_argument("--output", type=Path, help="write the numbers to this JSON file as well")
@@ -110,20 +111,21 @@ def _of_bundle(
     bundle = open_bundle(args.bundle, verify_hashes=False)
     graphs = count_bundle(bundle)
     manifest = bundle.manifest
+    is_float32 = manifest.graphs["backbone"].precision == "fp32"
+    devices = [] if is_float32 else devices
+    profiled = _profiled(args, devices)
     print(f"{args.bundle}: {manifest.family} graphs, {manifest.denoising_steps} denoising steps")
-    for line in report.graph_table(graphs):
+    for line in report.graph_table(graphs, model, profiled):
         print(line)
     print()
-    precision = manifest.graphs["backbone"].precision
-    if precision == "fp32":
+    if is_float32:
         print("no prediction: the graphs are FP32, and the engines it is fitted to run in FP16")
-        devices = []
     else:
         for line in report.prediction_table(model, {"this bundle": graphs}, devices):
             print(line)
     return {
         "bundle": str(args.bundle),
-        "graphs": report.graphs_json(graphs),
+        "graphs": report.graphs_json(graphs, model, profiled),
         "predicted": report.predictions_json(model, graphs, devices),
     }
 
@@ -139,7 +141,8 @@ def _of_size(
     last = lines[-1]
     quantised = [as_int8(graph) for graph in last.graphs]
     print("\nafter the last transformation, with every layer that may be in INT8")
-    for line in report.graph_table(quantised):
+    profiled = _profiled(args, devices)
+    for line in report.graph_table(quantised, model, profiled):
         print(line)
     columns = {
         "reference, FP16": list(lines[0].graphs),
@@ -157,11 +160,17 @@ def _of_size(
             }
             for line in lines
         },
+        "deployed, INT8": report.graphs_json(quantised, model, profiled),
         "predicted": {
             name: report.predictions_json(model, graphs, devices)
             for name, graphs in columns.items()
         },
     }
+
+
+def _profiled(args: argparse.Namespace, devices: list[Device]) -> list[Device]:
+    """Return whose times are split by kinds of layers: those that were named, or the first."""
+    return devices if args.device else devices[:1]
 
 
 def _sizes(args: argparse.Namespace) -> ModelConfig:

@@ -38,7 +38,7 @@ from offline_tools.cost.roofline import (
     seconds,
     spread,
 )
-from offline_tools.cost.work import GraphWork, Launch, as_int8, observation
+from offline_tools.cost.work import GraphWork, Launch, as_int8, observation, of_kinds
 
 
 @dataclass(frozen=True)
@@ -138,6 +138,16 @@ class PublishedModel:
         saved = [share * (without - best) for share in self.savings.values()] or [0.0]
         middle = without - sum(saved) / len(saved)
         return Prediction(middle, best / self.spread, (without - min(saved)) * self.spread, best)
+
+    def kinds(self, graph: GraphWork, device: Device) -> dict[str, float]:
+        """Return the expected seconds of each kind of layer in a graph.
+
+        A launch's time does not depend on its neighbours, so they add up to the graph's.
+        """
+        return {
+            kind: self.predict([replace(graph, launches=tuple(own))], device).middle_s
+            for kind, own in of_kinds(graph.launches).items()
+        }
 
     def _other(self, runtime: str, point: Point) -> LeftOut:
         others = [other for other in self.points[runtime] if other is not point]

@@ -26,16 +26,41 @@ def _numbers(sums: Sums, stored_bytes: int | None) -> str:
     )
 
 
-def graph_table(graphs: Sequence[GraphWork]) -> Iterator[str]:
-    """Yield what each graph costs an observation, and each kind of layer in it."""
-    yield f"{'for one observation':32}{_HEADER}"
+def graph_table(
+    graphs: Sequence[GraphWork], model: PublishedModel, devices: Sequence[Device]
+) -> Iterator[str]:
+    """Yield what each graph costs an observation, and each kind of layer in it.
+
+    Args:
+        graphs: Of one observation.
+        model: Predicts.
+        devices: A column of expected milliseconds for each of them.
+    """
+    for number, device in enumerate(devices, 1):
+        yield f"ms {number}: expected in TensorRT engines on {device.name}"
+    names = "".join(f"{f'ms {number}':>9}" for number, _ in enumerate(devices, 1))
+    yield f"{'for one observation':32}{_HEADER}{names}"
     for graph in graphs:
         launches = observation([graph])
         title = f"{graph.name}, runs: {graph.runs}"
-        yield f"{title:32}{_numbers(total(launches), graph.stored_bytes)}"
+        yield (
+            f"{title:32}{_numbers(total(launches), graph.stored_bytes)}"
+            f"{_expected(model, [graph], devices)}"
+        )
+        times = [model.kinds(graph, device) for device in devices]
         for kind, sums in by_kind(launches).items():
-            yield f"  {kind:30}{_numbers(sums, None)}"
-    yield f"{'total':32}{_numbers(total(observation(graphs)), stored(graphs))}"
+            cells = "".join(f"{1e3 * own[kind]:>9.2f}" for own in times)
+            yield f"  {kind:30}{_numbers(sums, None)}{cells}"
+    yield (
+        f"{'total':32}{_numbers(total(observation(graphs)), stored(graphs))}"
+        f"{_expected(model, graphs, devices)}"
+    )
+
+
+def _expected(
+    model: PublishedModel, graphs: Sequence[GraphWork], devices: Sequence[Device]
+) -> str:
+    return "".join(f"{1e3 * model.predict(graphs, one).middle_s:>9.2f}" for one in devices)
 
 
 def stored(graphs: Sequence[GraphWork]) -> int:
@@ -111,18 +136,26 @@ def _sums_json(sums: Sums) -> dict[str, Any]:
     }
 
 
-def graphs_json(graphs: Sequence[GraphWork]) -> dict[str, Any]:
-    """Return the numbers of each graph and each kind of layer."""
-    return {
-        graph.name: {
+def graphs_json(
+    graphs: Sequence[GraphWork], model: PublishedModel, devices: Sequence[Device]
+) -> dict[str, Any]:
+    """Return the numbers of each graph and each kind of layer, as `graph_table` prints them."""
+    results = {}
+    for graph in graphs:
+        times = {device.name: model.kinds(graph, device) for device in devices}
+        results[graph.name] = {
             "runs": graph.runs,
             **sums_json([graph]),
+            "expected_ms": {name: 1e3 * sum(own.values()) for name, own in times.items()},
             "kinds": {
-                kind: _sums_json(sums) for kind, sums in by_kind(observation([graph])).items()
+                kind: {
+                    **_sums_json(sums),
+                    "expected_ms": {name: 1e3 * own[kind] for name, own in times.items()},
+                }
+                for kind, sums in by_kind(observation([graph])).items()
             },
         }
-        for graph in graphs
-    }
+    return results
 
 
 def predictions_json(

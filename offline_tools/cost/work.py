@@ -143,12 +143,17 @@ def total(launches: Iterable[Launch]) -> Sums:
     return Sums(flops, int8, weights, activations, count)
 
 
-def by_kind(launches: Iterable[Launch]) -> dict[str, Sums]:
-    """Add launches up by their kind, the largest number of operations first."""
+def of_kinds(launches: Iterable[Launch]) -> dict[str, list[Launch]]:
+    """Sort launches by their kind."""
     kinds: dict[str, list[Launch]] = {}
     for launch in launches:
         kinds.setdefault(launch.kind, []).append(launch)
-    sums = {kind: total(of_kind) for kind, of_kind in kinds.items()}
+    return kinds
+
+
+def by_kind(launches: Iterable[Launch]) -> dict[str, Sums]:
+    """Add launches up by their kind, the largest number of operations first."""
+    sums = {kind: total(own) for kind, own in of_kinds(launches).items()}
     return dict(sorted(sums.items(), key=lambda item: -item[1].flops))
 
 

@@ -49,6 +49,20 @@ def test_bundle_is_counted_without_torch(
         for number in summed:
             assert sum(kind[number] for kind in graph["kinds"].values()) == graph[number]
     assert content["graphs"]["dit"]["kinds"]["DiT MLP"]["weight_bytes_read"] > 0
+    name = "Orin NX 16 GB, 25W"
+    of_graphs = [graph["expected_ms"][name] for graph in content["graphs"].values()]
+    of_kinds = [
+        kind["expected_ms"][name]
+        for graph in content["graphs"].values()
+        for kind in graph["kinds"].values()
+    ]
+    assert min(of_kinds) > 0
+    expected = content["predicted"][name]["expected_ms"]
+    assert sum(of_kinds) == pytest.approx(expected)
+    assert sum(of_graphs) == pytest.approx(expected)
+    assert f"ms 1: expected in TensorRT engines on {name}" in done.stdout
+    printed = next(line for line in done.stdout.splitlines() if line.startswith("total"))
+    assert float(printed.split()[-1]) == pytest.approx(expected, abs=0.006)
     predicted = content["predicted"]["Orin NX 16 GB, 25W"]
     assert 0 < predicted["low_ms"] < predicted["expected_ms"] < predicted["high_ms"]
 

@@ -148,6 +148,34 @@ def test_interval_of_int8_reaches_from_all_to_least_of_what_it_saves() -> None:
     assert int8.high_s / model.spread > int8.middle_s
 
 
+def test_times_of_the_kinds_add_up_to_the_graph_that_is_partly_int8() -> None:
+    model, device = PublishedModel(), find_device("orin-nx-16gb")
+    # The arithmetic of 1e11 operations, the memory of 1e8 bytes, twice each.
+    graph = as_int8(
+        GraphWork(
+            "graph",
+            2,
+            (
+                Launch("DiT MLP", 10**11, 10**6, 0, "a"),
+                Launch("norms", 0, 0, 10**8),
+                Launch("encoders, decoder", 10**7, 10**8, 0, "b"),
+            ),
+            0,
+        )
+    )
+    kinds = model.kinds(graph, device)
+    assert list(kinds) == ["DiT MLP", "norms", "encoders, decoder"]
+    assert sum(kinds.values()) == pytest.approx(model.predict([graph], device).middle_s)
+    one = model.efficiency
+    memory = 1e8 / (one.bandwidth * device.bytes_per_s) + one.launch_s
+    assert kinds["norms"] == pytest.approx(2 * memory)
+    assert kinds["encoders, decoder"] == pytest.approx(2 * memory)
+    # Of the half of its time that INT8 could save, the pairs saved their mean.
+    half = 1e11 / (one.arithmetic * device.fp16_flops)
+    saved = sum(model.savings.values()) / len(model.savings) * half / 2
+    assert kinds["DiT MLP"] == pytest.approx(2 * (half + one.launch_s - saved))
+
+
 def test_devices_and_modes_are_found_by_name() -> None:
     fast, slow = find_device("orin-nx-16gb"), find_device("orin-nx-16gb", "25W")
     assert fast.fp16_flops == pytest.approx(19.2e12, rel=0.01)
