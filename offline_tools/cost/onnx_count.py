@@ -34,6 +34,8 @@ _OTHERS = {
 # Between a quantised tensor and the product that reads it: these change no value, or one that an
 # engine fuses.
 _TRANSPARENT = ("Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
+# Behind an INT8 product, up to the Cast that ends its float32 part: fused into the product.
+_FUSED = ("Mul", "Add", "Cast")
 _BITS: dict[int, int] = {
     onnx.TensorProto.FLOAT: 32,
     onnx.TensorProto.FLOAT16: 16,
@@ -81,6 +83,10 @@ class _Counter:
         self.origin = origin
         self.initializers = {tensor.name: tensor for tensor in graph.initializer}
         self.producers = {name: node for node in graph.node for name in node.output}
+        self.readers: dict[str, list[onnx.NodeProto]] = {}
+        for node in graph.node:
+            for name in node.input:
+                self.readers.setdefault(name, []).append(node)
         self.values = {
             value.name: value.type.tensor_type
             for value in (*graph.input, *graph.value_info, *graph.output)
@@ -114,11 +120,13 @@ class _Counter:
             "",
         )
         is_int8 = all(code is not None for code in codes)
-        moved = self._bytes(node.output[0])
+        read = 0
         for operand, code in zip((left, right), codes, strict=True):
             source = operand if code is None else code
             if source != weight:
-                moved += self._bytes(source)
+                read += self._bytes(source)
+        written = self._written(node.output[0]) if is_int8 else node.output[0]
+        moved = read + self._bytes(written)
         out = self._shape(node.output[0])
         if node.op_type == "Conv":
             inner = math.prod(self._shape(right)[1:])
@@ -127,10 +135,19 @@ class _Counter:
             inner = self._shape(left)[-2 if transposed else -1]
         flops = 2 * math.prod(out) * inner
         if not weight:
-            return Launch(ATTENTION, flops, 0, moved, is_int8=is_int8)
+            return Launch(ATTENTION, flops, 0, moved, "", is_int8, read)
         kind = kind_of(f"{node.name} {weight}")
         stored = self._initializer_bytes(self.initializers[weight])
-        return Launch(kind, flops, stored, moved, weight, is_int8)
+        return Launch(kind, flops, stored, moved, weight, is_int8, read)
+
+    def _written(self, name: str) -> str:
+        """Return what an INT8 product writes: the Cast of its scaled sums, or else the sums."""
+        value: str = name
+        while len(readers := self.readers.get(value, [])) == 1 and readers[0].op_type in _FUSED:
+            value = readers[0].output[0]
+            if readers[0].op_type == "Cast":
+                return value
+        return name
 
     def _int8_source(self, name: str) -> str | None:
         """Return the int8 tensor that a value is dequantised from, or None."""

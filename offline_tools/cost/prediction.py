@@ -38,7 +38,7 @@ from offline_tools.cost.roofline import (
     seconds,
     spread,
 )
-from offline_tools.cost.work import GraphWork, Launch, as_int8, observation, of_kinds
+from offline_tools.cost.work import GraphWork, as_half, as_int8, observation, of_kinds
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class PublishedModel:
         """Predict one observation's time in TensorRT engines."""
         launches = observation(graphs)
         best = seconds(launches, device, self.efficiency)
-        without = seconds(_as_half(launches), device, self.efficiency)
+        without = seconds(as_half(launches), device, self.efficiency)
         saved = [share * (without - best) for share in self.savings.values()] or [0.0]
         middle = without - sum(saved) / len(saved)
         return Prediction(middle, best / self.spread, (without - min(saved)) * self.spread, best)
@@ -221,12 +221,3 @@ def _work_or_stand_in(row: Row) -> tuple[GraphWork, ...]:
         reference_backbone(RELEASED, images, (252, 252), tokens),
         *reference_head(RELEASED, tokens, 16, 4),
     )
-
-
-def _as_half(launches: Sequence[Launch]) -> list[Launch]:
-    return [
-        replace(launch, is_int8=False, weight_bytes=2 * launch.weight_bytes)
-        if launch.is_int8
-        else launch
-        for launch in launches
-    ]

@@ -18,9 +18,15 @@ _TIMESTEP_CHANNELS = 256
 
 
 def _product(name: str, rows: int, inner: int, columns: int, size: int = _HALF) -> Launch:
-    moved = size * rows * (inner + columns)
-    weight = size * inner * columns
-    return Launch(kind_of(name), 2 * rows * inner * columns, weight, moved, name)
+    read, written = size * rows * inner, size * rows * columns
+    return Launch(
+        kind_of(name),
+        2 * rows * inner * columns,
+        size * inner * columns,
+        read + written,
+        name,
+        input_bytes=read,
+    )
 
 
 def _norm(rows: int, width: int, size: int = _HALF) -> Launch:

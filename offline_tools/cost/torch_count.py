@@ -107,16 +107,14 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _product(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         flops = 2 * math.prod(result.shape) * first.shape[-1]
         weight = self._names.get(_storage(second), "") or self._names.get(_storage(first), "")
-        moved = _bytes(result) + sum(
+        read = sum(
             _bytes(operand)
             for operand in (first, second)
             if not weight or self._names.get(_storage(operand)) != weight
         )
-        if not weight:
-            self.launches.append(Launch(ATTENTION, flops, 0, moved))
-            return
-        size = self._sizes[weight]
-        self.launches.append(Launch(kind_of(weight), flops, size, moved, weight))
+        kind, size = (kind_of(weight), self._sizes[weight]) if weight else (ATTENTION, 0)
+        moved = read + _bytes(result)
+        self.launches.append(Launch(kind, flops, size, moved, weight, input_bytes=read))
 
 
 def _storage(tensor: Tensor) -> int:

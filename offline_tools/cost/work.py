@@ -64,6 +64,7 @@ class Launch:
         activation_bytes: Bytes of what else is read and of what is written.
         weight: Name of the constant operand; empty if there is none.
         is_int8: Whether both operands of a product are INT8.
+        input_bytes: Of the activation bytes, those that a product reads.
     """
 
     kind: str
@@ -72,6 +73,7 @@ class Launch:
     activation_bytes: int
     weight: str = ""
     is_int8: bool = False
+    input_bytes: int = 0
 
     @property
     def bytes_moved(self) -> int:
@@ -160,20 +162,43 @@ def by_kind(launches: Iterable[Launch]) -> dict[str, Sums]:
 def as_int8(graph: GraphWork, float_kinds: frozenset[str] = FLOAT_KINDS) -> GraphWork:
     """Return what a half-precision graph costs with its layers in INT8.
 
-    The weights and what these layers read take one byte instead of two; what they write is taken
-    to stay as it is, so the saving is counted for weights alone.
+    The weights and what these layers read take one byte instead of two; what they write stays as
+    it is. That is what `count_graph` finds in a quantised graph, which may have one thing more:
+    the row maxima of layers whose scales follow the input.
 
     Args:
         graph: A graph in FP16.
         float_kinds: Kinds that stay float.
     """
     launches = tuple(
-        replace(launch, weight_bytes=launch.weight_bytes // 2, is_int8=True)
+        replace(
+            launch,
+            weight_bytes=launch.weight_bytes // 2,
+            activation_bytes=launch.activation_bytes - launch.input_bytes // 2,
+            input_bytes=launch.input_bytes // 2,
+            is_int8=True,
+        )
         if launch.flops and launch.weight and launch.kind not in float_kinds
         else launch
         for launch in graph.launches
     )
     return replace(graph, launches=launches)
+
+
+def as_half(launches: Iterable[Launch]) -> list[Launch]:
+    """Return what launches cost if none of them is in INT8: `as_int8` the other way round."""
+    return [
+        replace(
+            launch,
+            weight_bytes=2 * launch.weight_bytes,
+            activation_bytes=launch.activation_bytes + launch.input_bytes,
+            input_bytes=2 * launch.input_bytes,
+            is_int8=False,
+        )
+        if launch.is_int8
+        else launch
+        for launch in launches
+    ]
 
 
 def unique(launches: Sequence[Launch]) -> dict[tuple[int, int, bool], int]:

@@ -18,8 +18,10 @@ from groot_int8_ros.errors import BundleError
 from offline_tools.cost.onnx_count import count_graph
 from offline_tools.cost.reference_work import reference_backbone, reference_head
 from offline_tools.cost.work import (
+    REDUCTION,
     GraphWork,
     Launch,
+    as_half,
     as_int8,
     by_kind,
     kind_of,
@@ -118,7 +120,8 @@ def test_every_line_of_the_table_costs_no_more_than_the_one_before_it() -> None:
 
 def _graph(tmp_path: Path, dtype: int = TensorProto.FLOAT) -> Path:
     random = np.random.RandomState(0)
-    weight = random.standard_normal((8, 6)).astype(np.float32)
+    element = helper.tensor_dtype_to_np_dtype(dtype)
+    weight = random.standard_normal((8, 6)).astype(element)
     node = helper.make_node
     graph = helper.make_graph(
         [
@@ -135,8 +138,8 @@ def _graph(tmp_path: Path, dtype: int = TensorProto.FLOAT) -> Path:
         [helper.make_tensor_value_info("y", dtype, ["batch", 5, 5])],
         [
             numpy_helper.from_array(weight, "w"),
-            numpy_helper.from_array(np.zeros(6, np.float32), "b"),
-            numpy_helper.from_array(np.ones(6, np.float32), "ones"),
+            numpy_helper.from_array(np.zeros(6, element), "b"),
+            numpy_helper.from_array(np.ones(6, element), "ones"),
         ],
     )
     path = tmp_path / "graph.onnx"
@@ -174,6 +177,22 @@ def test_int8_layer_is_seen_by_its_operands(tmp_path: Path) -> None:
     assert not scores.is_int8
 
 
+def test_int8_is_counted_alike_in_a_quantised_graph_and_from_its_float_one(
+    tmp_path: Path,
+) -> None:
+    source, target = _graph(tmp_path, TensorProto.FLOAT16), tmp_path / "int8.onnx"
+    quantize_graph(source, target, {"layer": LayerScheme("row")}, None)
+    exact, found = (count_graph(path, "graph", 2, {"batch": 3}) for path in (source, target))
+    expected = as_int8(exact, frozenset())
+    # All but the row maxima, which only the quantised graph has.
+    kinds = by_kind(found.launches)
+    assert kinds.pop(REDUCTION).launches == 1
+    assert kinds == by_kind(expected.launches)
+    assert total(expected.launches).int8_flops == 2 * (3 * 5) * 8 * 6
+    # And back again: what INT8 saves is found from either.
+    assert by_kind(as_half(expected.launches)) == by_kind(exact.launches)
+
+
 def test_graph_whose_shapes_are_unknown_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"the shape of .* cannot be inferred"):
         count_graph(_graph(tmp_path), "graph", 1, {})
@@ -182,21 +201,22 @@ def test_graph_whose_shapes_are_unknown_is_refused(tmp_path: Path) -> None:
         count_graph(tmp_path / "none.onnx", "graph", 1, {})
 
 
-def test_layers_in_int8_halve_their_weights_and_no_others() -> None:
+def test_layers_in_int8_halve_what_they_read_and_no_others() -> None:
     graph = GraphWork(
         "graph",
         2,
         (
-            Launch("DiT MLP", 100, 20, 7, "a"),
-            Launch("DiT MLP", 100, 20, 7, "a"),
-            Launch("attention products", 10, 0, 7),
-            Launch("encoders, decoder", 50, 40, 7, "b"),
+            Launch("DiT MLP", 100, 20, 7, "a", input_bytes=4),
+            Launch("DiT MLP", 100, 20, 7, "a", input_bytes=4),
+            Launch("attention products", 10, 0, 7, input_bytes=4),
+            Launch("encoders, decoder", 50, 40, 7, "b", input_bytes=4),
         ),
         other_bytes=3,
     )
     assert graph.stored_bytes == 20 + 40 + 3
     quantised = as_int8(graph)
     assert quantised.stored_bytes == 10 + 40 + 3
+    assert [launch.activation_bytes for launch in quantised.launches] == [5, 5, 7, 7]
     assert total(observation([quantised])).int8_share == pytest.approx(200 / 260)
 
 
