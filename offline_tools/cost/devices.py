@@ -44,14 +44,18 @@ def _orin(name: str, multiprocessors: int, clock_hz: float, bytes_per_s: float) 
 # By the name a user gives: the device, then its modes, the first of which is the default.
 DEVICES: dict[str, dict[str, Device]] = {
     # 8 multiprocessors, 128-bit LPDDR5 at 3200 MHz: 102.4 GB/s (data sheet DS-10712-001). Clocks
-    # of the modes: 40W and MAXN_SUPER 1173 MHz, 25W 408 MHz (nvpmodel_p3767_0000_super.conf of
-    # JetPack 6.2, read out in ARK-Electronics/ark_jetson_kernel docs/power.md); MAXN before
-    # JetPack 6.2: 918 MHz (data sheet). JetPack 6.2 boots a module into 40W.
+    # of the modes: nvpmodel_p3767_0000_super.conf of JetPack 6.2 (LineageOS/
+    # android_device_nvidia_concord has it, commit 370b63a): 40W and MAXN_SUPER 1173 MHz, 25W
+    # 408 MHz, 15W and 10W 612 MHz with half of the multiprocessors (TPC_PG_MASK 252 where the
+    # others have 240), 10W with the memory at 2133 MHz. MAXN before JetPack 6.2: 918 MHz (data
+    # sheet). JetPack 6.2 boots a module into 40W.
     "orin-nx-16gb": {
         "40W": _orin("Orin NX 16 GB, 40W", 8, 1.173e9, 102.4e9),
         "MAXN_SUPER": _orin("Orin NX 16 GB, MAXN_SUPER", 8, 1.173e9, 102.4e9),
         "MAXN": _orin("Orin NX 16 GB, MAXN (before JetPack 6.2)", 8, 0.918e9, 102.4e9),
         "25W": _orin("Orin NX 16 GB, 25W", 8, 0.408e9, 102.4e9),
+        "15W": _orin("Orin NX 16 GB, 15W", 4, 0.612e9, 102.4e9),
+        "10W": _orin("Orin NX 16 GB, 10W", 4, 0.612e9, 68.3e9),
     },
     # 8 multiprocessors at 1020 MHz, 102 GB/s (data sheet of the Super kit); before JetPack 6.2
     # 625 MHz and 68 GB/s. The 25W mode clocks 918 MHz (nvpmodel_p3767_0003_super.conf).

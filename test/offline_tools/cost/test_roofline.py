@@ -180,6 +180,10 @@ def test_devices_and_modes_are_found_by_name() -> None:
     fast, slow = find_device("orin-nx-16gb"), find_device("orin-nx-16gb", "25W")
     assert fast.fp16_flops == pytest.approx(19.2e12, rel=0.01)
     assert slow.fp16_flops / fast.fp16_flops == pytest.approx(408 / 1173)
+    lean, leaner = find_device("orin-nx-16gb", "15W"), find_device("orin-nx-16gb", "10W")
+    assert lean.fp16_flops / fast.fp16_flops == pytest.approx(612 / 1173 / 2)
+    assert leaner.fp16_flops == lean.fp16_flops
+    assert leaner.bytes_per_s / lean.bytes_per_s == pytest.approx(2133 / 3200, rel=0.001)
     assert all(d.int8_ops > d.fp16_flops for modes in DEVICES.values() for d in modes.values())
     with pytest.raises(ConfigurationError, match="no device 'orin'; known are orin-nx-16gb"):
         find_device("orin")
