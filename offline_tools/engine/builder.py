@@ -320,14 +320,17 @@ def configure_precision(
         What was set, for a person.
     """
     trt = library.trt
-    float32 = _float32_values(build.graph)
+    import onnx_ir as ir
+
+    graph = ir.load(build.graph).graph
+    float32 = _float32_values(graph)
     mixed = float32 is not None
     if float32 is None and (build.calibration is not None or build.precision != "fp32"):
         # The image chain's whole numbers reach 2 ** 24: in FP16 nothing of a picture is left.
-        float32 = _image_chain_values(build.graph)
+        float32 = _image_chain_values(graph)
     if float32 is not None and not library.strongly_typed:
         # The fault was found on 8.6; of the weakly typed builds of 10 nothing is known.
-        float32 |= _scores_of_odd_heads(build.graph)
+        float32 |= _scores_of_odd_heads(graph)
     if build.calibration is not None:
         flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
     elif build.precision == "int8":
@@ -362,7 +365,7 @@ _ATTENTION_RANK = 4  # batch, heads, tokens, width of a head
 _FUSED_HEAD_MULTIPLE = 16
 
 
-def _float32_values(graph: Path) -> frozenset[str] | None:
+def _float32_values(graph: Any) -> frozenset[str] | None:
     """Return the values that a graph of mixed types keeps in float32; None if it has no other.
 
     Read from the graph, since TensorRT 8.6 calls every value of a weakly typed network float32.
@@ -372,7 +375,7 @@ def _float32_values(graph: Path) -> frozenset[str] | None:
     import onnx_ir as ir
 
     float32, has_float16 = set(), False
-    for node in ir.load(graph).graph:
+    for node in graph:
         dequantised = any(
             value is not None
             and (producer := value.producer()) is not None
@@ -386,16 +389,15 @@ def _float32_values(graph: Path) -> frozenset[str] | None:
     return frozenset(float32) if has_float16 else None
 
 
-def _image_chain_values(graph: Path) -> frozenset[str]:
+def _image_chain_values(graph: Any) -> frozenset[str]:
     """Return what a graph computes of its camera frames before the first layer; often nothing."""
     import onnx_ir as ir
 
     from offline_tools.quantize.layers import as_layer
 
-    model = ir.load(graph)
-    reached = {value.name for value in model.graph.inputs if value.dtype == ir.DataType.UINT8}
+    reached = {value.name for value in graph.inputs if value.dtype == ir.DataType.UINT8}
     frames = frozenset(reached)
-    for node in model.graph:
+    for node in graph:
         if as_layer(node) is None and any(
             value is not None and value.name in reached for value in node.inputs
         ):
@@ -403,16 +405,14 @@ def _image_chain_values(graph: Path) -> frozenset[str]:
     return frozenset(name for name in reached - frames if name)
 
 
-def _scores_of_odd_heads(graph: Path) -> frozenset[str]:
+def _scores_of_odd_heads(graph: Any) -> frozenset[str]:
     """Return the attention scores of heads whose width is no multiple of `_FUSED_HEAD_MULTIPLE`.
 
     With FP16 allowed, TensorRT 8.6 fuses attention into one kernel, whose output is wrong for the
     vision tower's heads of 72. It does not fuse it where the scores are to be float32.
     """
-    import onnx_ir as ir
-
     scores = set()
-    for node in ir.load(graph).graph:
+    for node in graph:
         shapes = [value.shape for value in node.inputs if value is not None and value.shape]
         if node.op_type != "MatMul" or [len(shape) for shape in shapes] != [_ATTENTION_RANK] * 2:
             continue  # by a weight, or of pixels
