@@ -72,6 +72,10 @@ SUBCOMMANDS: dict[str, tuple[str, str]] = {
         "offline_tools.doctor.command",
         "check a running system: topics, frames, joints, clock, bundle, engine, memory, nodes",
     ),
+    "verify-engines": (
+        "offline_tools.verify.engines_command",
+        "compare a bundle's TensorRT engines with its graphs on ONNX Runtime, on the device",
+    ),
     "audit": (
         "offline_tools.engine.audit_command",
         "say of each layer whether it is INT8, from the built engine or from the graph",

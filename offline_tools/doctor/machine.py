@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from groot_int8_ros.errors import EngineError, GrootError
@@ -26,6 +27,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 )
 from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor.findings import Finding, Level
+from offline_tools.verify.engine_report import read_engine_report
 
 # A board without a battery for its clock starts in the past.
 _CLOCK_IS_SET_S = 1_735_689_600.0  # 2025-01-01
@@ -139,12 +141,47 @@ def examine_engine(
         ]
     except EngineError as error:
         return [Finding(Level.FAULT, "engine", str(error))]
+    hashes = {
+        name: one.engine_sha256
+        for name, one in zip(bundle.manifest.engine_graphs, manifests, strict=True)
+    }
     needed = sum(one.engine_bytes + one.device_memory_bytes for one in manifests)
     what = f"TensorRT {trt.__version__}, {device.describe()}: {len(manifests)} engines fit"
     return [
         Finding(Level.OK, "engine", what),
+        examine_answers(bundle.folder, hashes),
         _memory(needed, "weights and activations", is_loaded, cuda.free_bytes()),
     ]
+
+
+def examine_answers(folder: Path, hashes: Mapping[str, str]) -> Finding:
+    """Say whether these engines were compared with their graphs, and what came of it.
+
+    Args:
+        folder: The bundle.
+        hashes: Hash of each of its engines for this device, by graph.
+    """
+    report = read_engine_report(folder)
+    command = f"groot-int8 verify-engines --bundle {folder}"
+    if report is None or report.engines != hashes:
+        return Finding(
+            Level.WARNING,
+            "answers",
+            "these engines were never compared with their graphs"
+            if report is None
+            else "the engines were built again since they were compared with their graphs",
+            f"a builder can be wrong without a word: {command}",
+        )
+    off = f"{100 * (report.relative_l2 or 0.0):.2g} % off those of their graphs"
+    error = "not finite" if report.relative_l2 is None else off
+    if not report.passed:
+        return Finding(
+            Level.FAULT,
+            "answers",
+            f"the engines' actions are {error} ({100 * report.max_error:g} % was allowed)",
+            f"do not run them; build them again and compare: {command}",
+        )
+    return Finding(Level.OK, "answers", f"the engines' actions are {error}")
 
 
 def _onnxruntime() -> Finding:

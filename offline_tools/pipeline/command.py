@@ -5,7 +5,8 @@ of its name; what it makes lies in one folder::
 
     OUTPUT/float         bundle in floating point, verified against the checkpoint
     OUTPUT/calibration   captured inputs of the two large graphs, and their coverage report
-    OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built
+    OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built, and how
+                         far their answers are from the graphs' (reports/verify_engines.json)
     OUTPUT/report        audit.json, audit_engines.json, report.json, report.md
     OUTPUT/.pipeline     what each step was made from, and how long it took
 """
@@ -42,8 +43,18 @@ from offline_tools.pipeline.step import (
     run_subcommand,
     write_state,
 )
+from offline_tools.verify.engine_report import ENGINE_REPORT
 
-STEPS = ("export", "verify", "calibrate", "quantize", "build", "audit", "audit-engines")
+STEPS = (
+    "export",
+    "verify",
+    "calibrate",
+    "quantize",
+    "build",
+    "audit",
+    "audit-engines",
+    "verify-engines",
+)
 
 AUDIT_FILE = "audit.json"
 ENGINE_AUDIT_FILE = "audit_engines.json"
@@ -62,6 +73,7 @@ _ROUGH_S_PER_GB = {
     "quantize auto": 800.0,
     "build": 400.0,
     "audit": 1.0,
+    "verify-engines": 20.0,
 }
 
 
@@ -147,18 +159,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _print_plan(steps: Sequence[Step], output: Path, refresh: str | None) -> None:
     """Say of each step whether it will run, why, and for how long."""
-    print(f"{'step':12}{'':10}{'about':>10}   why")
+    print(f"{'step':15}{'':10}{'about':>10}   why")
     stale, total_s = "", 0.0
     for step in steps:
         state = read_state(output, step.name)
         if step.left_out:
-            print(f"{step.name:12}{'left out':10}{'':>10}   {step.left_out}")
+            print(f"{step.name:15}{'left out':10}{'':>10}   {step.left_out}")
             continue
         if step.name == refresh:
             stale = "asked for by --refresh"
         reason = stale or step.why_stale(state)
         if not reason:
-            print(f"{step.name:12}{'skip':10}{'':>10}   up to date")
+            print(f"{step.name:15}{'skip':10}{'':>10}   up to date")
             continue
         if not stale and step.name != "verify":
             stale = f"{step.name} runs before it"
@@ -166,7 +178,7 @@ def _print_plan(steps: Sequence[Step], output: Path, refresh: str | None) -> Non
         seconds = state.seconds if state and state.seconds is not None else step.rough_s
         total_s += seconds
         basis = "as the last time" if known else "a guess from the checkpoint's size"
-        print(f"{step.name:12}{'run':10}{_duration(seconds):>10}   {reason} ({basis})")
+        print(f"{step.name:15}{'run':10}{_duration(seconds):>10}   {reason} ({basis})")
     print(f"about {_duration(total_s)} in all\n", flush=True)
 
 
@@ -347,6 +359,16 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             rough_s=rough_s("audit"),
             left_out=no_engines,
             subcommand="audit",
+            is_verdict=True,
+        ),
+        Step(
+            "verify-engines",
+            options=[],
+            inputs=lambda: digest([built_engines(), _digest_of_dataset(dataset)]),
+            output=lambda: sha256_of_file(folders["int8"] / ENGINE_REPORT),
+            arguments=lambda _: ["--bundle", str(folders["int8"]), "--dataset", str(dataset)],
+            rough_s=rough_s("verify-engines"),
+            left_out=no_engines,
             is_verdict=True,
         ),
     ]

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from groot_int8_ros import __version__
 from groot_int8_ros.policy.bundle import Manifest, open_bundle
 from groot_int8_ros.policy.files import atomic_file
+from offline_tools.verify.engine_report import read_engine_report
 
 REPORT_FILES = ("report.json", "report.md")
 
@@ -44,6 +46,7 @@ def write_report(
     float_manifest = open_bundle(float_bundle, verify_hashes=False).manifest
     int8_manifest = open_bundle(int8_bundle, verify_hashes=False).manifest
     verified = _load(float_bundle / "reports" / "verify.json")
+    of_engines = None if "verify-engines" in left_out else read_engine_report(int8_bundle)
     coverage = _load(captures / "coverage.json")
     content = {
         "version": __version__,
@@ -54,6 +57,7 @@ def write_report(
         "audit": _verdicts(_load(audit)),
         "engine_audit": {} if audit_of_engines is None else _verdicts(_load(audit_of_engines)),
         "verified": verified["passed"],
+        "engines_verified": None if of_engines is None else asdict(of_engines),
         "calibration": {key: coverage[key] for key in ("samples", "offered", "thin")},
         "engines": sorted(path.name for path in (int8_bundle / "engines").glob("*/*.engine")),
         "left_out": dict(left_out),
@@ -86,6 +90,15 @@ def _page(content: Mapping[str, Any]) -> str:
         f"{found['INT8']} of {sum(found.values())} |"
         for engine, found in content["engine_audit"].items()
     ]
+    of_engines = content["engines_verified"]
+    if of_engines is not None:
+        error = of_engines["relative_l2"]
+        shown = "not finite" if error is None else f"{100 * error:.3f} %"
+        verdict = "" if of_engines["passed"] else ": **too far, do not run them**"
+        lines += [
+            "| relative L2 of the actions, engines against the same graphs on ONNX Runtime | | "
+            f"{shown}{verdict} |"
+        ]
     errors = content["errors"]
     lines += [
         f"| relative L2 of the actions | 0 | {100 * errors['relative_l2']:.3f} % |",

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from groot_int8_ros.errors import CheckpointError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines import Engine
@@ -18,7 +16,7 @@ from groot_int8_ros.policy.families import DEPLOYED
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.preprocess import ModelInputs
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
-from groot_int8_ros.policy.types import Float32Array, Observation
+from groot_int8_ros.policy.types import Observation
 from offline_tools.export.bundle_writer import checkpoint_hash
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import load_model_config
@@ -195,26 +193,3 @@ def _fold(found: list[Comparison]) -> list[Comparison]:
     for comparison in found:
         by_name.setdefault(comparison.name, []).append(comparison)
     return [worst(group) for group in by_name.values()]
-
-
-def generated_observations(bundle: Bundle, count: int) -> list[Observation]:
-    """Return observations of seeded noise, for a bundle without a dataset at hand."""
-    return [_noise_observation(bundle, np.random.RandomState(index)) for index in range(count)]
-
-
-def _noise_observation(bundle: Bundle, random: np.random.RandomState) -> Observation:
-    images = {
-        camera.key: random.randint(0, 256, (camera.height, camera.width, 3)).astype(np.uint8)
-        for camera in bundle.manifest.robot.cameras
-    }
-    state: dict[str, Float32Array] = {}
-    for key in bundle.processor.state_keys:
-        if key.low is not None and key.high is not None:
-            state[key.key] = random.uniform(key.low, key.high).astype(np.float32)
-        else:
-            state[key.key] = random.standard_normal(key.dim).astype(np.float32)
-    prompts = bundle.manifest.prompts
-    known = [record.text for record in prompts.instructions] if prompts else []
-    return Observation(
-        images=images, state=state, instruction=known[0] if known else "pick up the cube"
-    )

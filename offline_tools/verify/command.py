@@ -9,15 +9,13 @@ import argparse
 import json
 from pathlib import Path
 
-from groot_int8_ros.errors import DatasetError
-from groot_int8_ros.policy.bundle import Bundle, open_bundle
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import atomic_file
-from groot_int8_ros.policy.types import Observation
 from offline_tools.arguments import not_negative_int, positive_float, positive_int
 from offline_tools.cli import EXIT_CHECK_FAILED
-from offline_tools.dataset.lerobot import LeRobotDataset
-from offline_tools.verify.checks import generated_observations, verify_bundle
+from offline_tools.verify.checks import verify_bundle
 from offline_tools.verify.comparison import DEFAULT_ATOL, MIN_COSINE, Comparison
+from offline_tools.verify.observations import generated_observations, recorded_observations
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     """Print a line for each tensor, write `reports/verify.json`, and fail if one fails."""
     bundle = open_bundle(args.bundle)
     if args.dataset:
-        observations = _recorded(bundle, args.dataset, args.episode, args.samples)
+        observations = recorded_observations(bundle, args.dataset, args.episode, args.samples)
     else:
         observations = generated_observations(bundle, args.samples)
     found = verify_bundle(bundle, args.checkpoint, args.eagle_config, observations, args.atol)
@@ -70,31 +68,6 @@ def run(args: argparse.Namespace) -> int:
     with atomic_file(args.bundle / "reports" / "verify.json") as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0 if passed else EXIT_CHECK_FAILED
-
-
-def _recorded(bundle: Bundle, dataset: Path, episode: int, samples: int) -> list[Observation]:
-    recorded = LeRobotDataset.open(dataset).episode(episode)
-    cameras = [camera.key for camera in bundle.manifest.robot.cameras]
-    if not set(cameras) <= set(recorded.videos):
-        raise DatasetError(
-            f"the bundle sees through the cameras {', '.join(cameras)}, but {dataset} has "
-            f"{', '.join(recorded.videos) or 'none'}: name the dataset that the policy was "
-            "trained on, or leave out --dataset"
-        )
-    wanted = {round(i * (len(recorded) - 1) / max(samples - 1, 1)) for i in range(samples)}
-    # The range comes first, so that no frame behind the last wanted one is decoded.
-    streams = [recorded.frames(key) for key in cameras]
-    rows = zip(range(max(wanted) + 1), *streams, strict=False)
-    return [
-        Observation(
-            images=dict(zip(cameras, frames, strict=True)),
-            state={key: values[index] for key, values in recorded.state.items()},
-            instruction=recorded.instructions[index],
-            stamp_ns=index,
-        )
-        for index, *frames in rows
-        if index in wanted
-    ]
 
 
 def _print(found: list[Comparison], atol: float) -> None:

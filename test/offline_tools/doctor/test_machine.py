@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +14,7 @@ from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor import machine
 from offline_tools.doctor.findings import Finding, Level, exit_code
 from offline_tools.doctor.machine import examine_bundle, examine_engine, examine_power
+from offline_tools.verify.engine_report import ENGINE_REPORT, EngineReport, read_engine_report
 
 # The layout of the real file, whose fastest mode has not always the highest or lowest number.
 NVPMODEL = """\
@@ -124,3 +127,48 @@ def test_a_finding_is_one_line_whatever_its_message() -> None:
     text = Finding(Level.FAULT, "bundle", "first\nsecond", "do this").text()
     assert text.count("\n") == 0
     assert text.endswith("-> do this")
+
+
+_HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
+
+
+@pytest.mark.parametrize(
+    ("compared", "level", "says"),
+    [
+        pytest.param(None, Level.WARNING, "never compared", id="never"),
+        pytest.param({"engines": {}}, Level.WARNING, "built again since", id="built again"),
+        pytest.param(
+            {"relative_l2": 0.12, "passed": False}, Level.FAULT, "12 % off", id="too far off"
+        ),
+        pytest.param(
+            {"relative_l2": None, "passed": False}, Level.FAULT, "not finite", id="not finite"
+        ),
+        pytest.param({}, Level.OK, "1 % off", id="right"),
+    ],
+)
+def test_engines_that_were_not_compared_with_their_graphs_or_are_wrong_are_named(
+    tmp_path: Path, compared: dict[str, Any] | None, level: Level, says: str
+) -> None:
+    if compared is not None:
+        right = EngineReport(
+            engines=_HASHES,
+            device="a GPU",
+            source="noise",
+            samples=3,
+            relative_l2=0.01,
+            max_error=0.03,
+            passed=True,
+        )
+        replace(right, **compared).write(tmp_path)
+    found = machine.examine_answers(tmp_path, _HASHES)
+    assert found.level is level
+    assert says in found.message
+    if level is not Level.OK:
+        assert f"groot-int8 verify-engines --bundle {tmp_path}" in found.advice
+
+
+def test_a_damaged_report_counts_as_none(tmp_path: Path) -> None:
+    (tmp_path / "reports").mkdir()
+    for text in ("", "[]", '{"passed": true}', "\x00"):
+        (tmp_path / ENGINE_REPORT).write_text(text)
+        assert read_engine_report(tmp_path) is None

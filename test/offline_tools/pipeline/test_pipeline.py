@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ pytest.importorskip("transformers", reason="the model needs transformers")
 from offline_tools.cli import main
 from offline_tools.pipeline.report import write_report
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
+from offline_tools.verify.engine_report import EngineReport
 
 STEPS = ["export", "verify", "calibrate", "quantize", "audit"]
 
@@ -97,7 +99,39 @@ def test_the_report_tells_what_the_engines_are_and_not_the_graphs_alone(
     layers = len(engines["action_head"])
     row = f"layers of action_head known to be INT8, by the audit of its engine | | 0 of {layers} |"
     assert row in page
+    assert "engines against" not in page
     assert "audit of its engine" not in (output / "report" / "report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [(0.0042, "| 0.420 % |"), (0.11, "| 11.000 %: **too far"), (None, "| not finite: **too far")],
+)
+def test_the_report_tells_whether_the_engines_answer_like_their_graphs(
+    output: Path, tmp_path: Path, error: float | None, says: str
+) -> None:
+    int8 = Path(shutil.copytree(output / "int8", tmp_path / "int8"))
+    EngineReport(
+        engines={"backbone": "a", "action_head": "b"},
+        device="a GPU",
+        source="a dataset",
+        samples=3,
+        relative_l2=error,
+        max_error=0.03,
+        passed=error is not None and error <= 0.03,
+    ).write(int8)
+    page = write_report(
+        tmp_path / "report",
+        float_bundle=output / "float",
+        int8_bundle=int8,
+        captures=output / "calibration",
+        audit=output / "report" / "audit.json",
+        audit_of_engines=None,
+        seconds={},
+        left_out={},
+    )
+    row = "| relative L2 of the actions, engines against the same graphs on ONNX Runtime | "
+    assert row + says in page
 
 
 def test_nothing_runs_again_while_nothing_changes(
