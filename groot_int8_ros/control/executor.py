@@ -141,11 +141,6 @@ class Executor:
         return self._estop
 
     @property
-    def state_fault(self) -> Refusal | None:
-        """Why the newest joint state was refused, or None."""
-        return self._state_fault
-
-    @property
     def chunk_fault(self) -> Refusal | None:
         """Why the newest chunk was refused, or None."""
         return self._chunk_fault

@@ -16,6 +16,7 @@ from groot_int8_ros.errors import EngineError, GrootError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines import ENGINE_KINDS
 from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
+from groot_int8_ros.policy.engines.engine_report import read_engine_report
 from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_SUFFIX,
@@ -27,7 +28,6 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 )
 from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor.findings import Finding, Level
-from offline_tools.verify.engine_report import read_engine_report
 
 # A board without a battery for its clock starts in the past.
 _CLOCK_IS_SET_S = 1_735_689_600.0  # 2025-01-01

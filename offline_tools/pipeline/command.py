@@ -25,6 +25,7 @@ from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
+from groot_int8_ros.policy.engines.engine_report import ENGINE_REPORT
 from groot_int8_ros.policy.engines.tensorrt_manifest import engine_folder
 from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
@@ -43,7 +44,6 @@ from offline_tools.pipeline.step import (
     run_subcommand,
     write_state,
 )
-from offline_tools.verify.engine_report import ENGINE_REPORT
 
 STEPS = (
     "export",

@@ -14,8 +14,8 @@ from typing import Any
 
 from groot_int8_ros import __version__
 from groot_int8_ros.policy.bundle import Manifest, open_bundle
+from groot_int8_ros.policy.engines.engine_report import read_engine_report
 from groot_int8_ros.policy.files import atomic_file
-from offline_tools.verify.engine_report import read_engine_report
 
 REPORT_FILES = ("report.json", "report.md")
 

@@ -10,11 +10,15 @@ from typing import Any
 import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.engines.engine_report import (
+    ENGINE_REPORT,
+    EngineReport,
+    read_engine_report,
+)
 from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor import machine
 from offline_tools.doctor.findings import Finding, Level, exit_code
 from offline_tools.doctor.machine import examine_bundle, examine_engine, examine_power
-from offline_tools.verify.engine_report import ENGINE_REPORT, EngineReport, read_engine_report
 
 # The layout of the real file, whose fastest mode has not always the highest or lowest number.
 NVPMODEL = """\

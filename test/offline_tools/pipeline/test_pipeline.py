@@ -18,10 +18,10 @@ import pytest
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
+from groot_int8_ros.policy.engines.engine_report import EngineReport
 from offline_tools.cli import main
 from offline_tools.pipeline.report import write_report
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
-from offline_tools.verify.engine_report import EngineReport
 
 STEPS = ["export", "verify", "calibrate", "quantize", "audit"]
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import types
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +18,14 @@ import numpy as np
 import onnx
 import pytest
 
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.engines.engine_report import EngineReport, read_engine_report
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
+from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
+from groot_int8_ros.policy.policy import Policy
 from offline_tools.cli import main
 from offline_tools.verify import engines_command
-from offline_tools.verify.engine_report import read_engine_report
 
 Reseal = Callable[[Path], None]
 
@@ -29,7 +36,7 @@ HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
 def engines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Let the graphs of some bundle answer in the place of the engines."""
 
-    def replace(other: Path) -> None:
+    def put(other: Path) -> None:
         def run(
             function: Callable[..., Any], bundle: Path, kind: str, *rest: Any, what: str
         ) -> Any:
@@ -38,7 +45,7 @@ def engines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
         monkeypatch.setattr(engines_command, "run_in_child", run)
         monkeypatch.setattr(engines_command, "engines_here", lambda _: ("a stand-in", HASHES))
 
-    return replace
+    return put
 
 
 def _verify(bundle: Path, *options: object) -> int:
@@ -113,3 +120,49 @@ def test_without_tensorrt_nothing_is_answered_and_nothing_written(
     assert _verify(small_copy) == 2
     assert "JetPack" in capsys.readouterr().err
     assert read_engine_report(small_copy) is None
+
+
+class _StandIn(TensorRTEngine):
+    """ONNX Runtime under the name and with the hash of an engine."""
+
+    def __init__(self, name: str, graph: Path) -> None:
+        self._onnxruntime = OnnxRuntimeEngine(graph)
+        self._manifest: Any = types.SimpleNamespace(engine_sha256=HASHES[name])
+
+    def __getattribute__(self, name: str) -> Any:
+        inside = object.__getattribute__(self, "__dict__").get("_onnxruntime")
+        if inside is not None and name in {"inputs", "outputs", "run", "close"}:
+            return getattr(inside, name)
+        return object.__getattribute__(self, name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "refused"),
+    [
+        pytest.param({"passed": False, "relative_l2": 0.2}, True, id="wrong"),
+        pytest.param({"passed": False, "relative_l2": None}, True, id="not finite"),
+        pytest.param({"passed": True}, False, id="right"),
+        pytest.param(
+            {"passed": False, "engines": HASHES | {"backbone": "c" * 64}}, False, id="built again"
+        ),
+    ],
+)
+def test_engines_that_were_found_wrong_are_not_loaded_and_others_are(
+    small_copy: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], refused: bool
+) -> None:
+    graphs = {open_bundle(small_copy).graph_path(name): name for name in HASHES}
+    monkeypatch.setattr(
+        "groot_int8_ros.policy.policy.load_engine",
+        lambda kind, graph, **_: _StandIn(graphs[graph], graph),
+    )
+    Policy.load(small_copy, engine="tensorrt").close()
+    right = EngineReport(HASHES, "a GPU", "noise", 3, 0.01, 0.03, passed=True)
+    replace(right, **changed).write(small_copy)
+    if refused:
+        with pytest.raises(EngineError, match="are wrong: groot-int8 verify-engines") as found:
+            Policy.load(small_copy, engine="tensorrt")
+        assert f"groot-int8 build --bundle {small_copy}" in str(found.value)
+        # What compares them again has to load them.
+        Policy.load(small_copy, engine="tensorrt", failed_engines=True).close()
+    else:
+        Policy.load(small_copy, engine="tensorrt").close()

@@ -1,6 +1,7 @@
-"""What `groot-int8 verify-engines` leaves in the bundle, for the pipeline's page and the doctor.
+"""What `groot-int8 verify-engines` found, as it lies in the bundle: may these engines be run?
 
-Owns: the file's place and content. Must not import torch or TensorRT.
+Owns: the file's place and content, and the refusal of engines that failed. Must not import torch
+or TensorRT.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from groot_int8_ros.errors import EngineError
+from groot_int8_ros.policy.engines.tensorrt_manifest import rebuild_command
 from groot_int8_ros.policy.files import atomic_file
 
 ENGINE_REPORT = "reports/verify_engines.json"
@@ -54,3 +57,30 @@ def read_engine_report(bundle: Path) -> EngineReport | None:
         return EngineReport(**content)
     except (OSError, ValueError, TypeError):
         return None
+
+
+def refuse_failed_engines(bundle: Path, engines: Mapping[str, str]) -> None:
+    """Refuse engines that were compared with their graphs and did not answer like them.
+
+    Args:
+        bundle: The bundle's folder.
+        engines: Hash of each of its engines, by graph.
+
+    Raises:
+        EngineError: The bundle's report is of these engines, and says so.
+    """
+    report = read_engine_report(bundle)
+    if report is None or report.passed or report.engines != engines:
+        return
+    error = (
+        "not finite"
+        if report.relative_l2 is None
+        else f"{report.relative_l2:.2g} off those of their graphs (relative L2; "
+        f"{report.max_error:g} was allowed)"
+    )
+    raise EngineError(
+        f"the engines of {bundle} are wrong: groot-int8 verify-engines found their actions "
+        f"{error}. Build them again and compare: {rebuild_command(bundle)}; groot-int8 "
+        f"verify-engines --bundle {bundle}. To load them all the same, for an investigation, "
+        f"remove {bundle / ENGINE_REPORT}"
+    )
