@@ -8,7 +8,7 @@ calibration and the evaluation all run this code.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,7 +98,6 @@ class Policy:
         verify_hashes: bool = True,
         denoising_steps: int | None = None,
         int8_kernels: bool = False,
-        failed_engines: bool = False,
         progress: Callable[[str], None] = lambda text: None,
     ) -> Policy:
         """Verify a bundle and load it.
@@ -110,14 +109,13 @@ class Policy:
             verify_hashes: See `open_bundle`.
             denoising_steps: Euler steps, at least 1; those of the bundle if None.
             int8_kernels: See `load_engine`.
-            failed_engines: Load TensorRT engines although `groot-int8 verify-engines` found them
-                wrong: to compare them again.
             progress: Told what is being done, many times a second. What it raises ends the work.
 
         Raises:
             BundleError: The bundle is missing, damaged or of another schema.
             ProcessorError: Its processor files are wrong.
-            EngineError: A graph does not load, or its engine was found wrong.
+            EngineError: A graph does not load, or `groot-int8 verify-engines` found its engine
+                wrong.
             ConfigurationError: `denoising_steps` is below 1, or another number than deployed
                 graphs have unrolled.
         """
@@ -130,6 +128,8 @@ class Policy:
         )
         if denoising_steps is not None:
             opened = _with_steps(opened, denoising_steps)
+        if engine == "tensorrt":
+            refuse_failed_engines(opened)
         engines: dict[str, Engine] = {}
         try:
             names = opened.manifest.engine_graphs
@@ -143,8 +143,6 @@ class Policy:
                     int8_kernels=int8_kernels,
                 )
                 opened.check_engine(name, engines[name])
-            if engine == "tensorrt" and not failed_engines:
-                refuse_failed_engines(opened.folder, _engine_hashes(engines))
             return cls(opened, engines)
         except BaseException:
             for loaded in engines.values():
@@ -347,16 +345,6 @@ class Policy:
                 f"the noise must be finite and of shape {self.noise_shape}, not {noise.shape}"
             )
         return noise.astype(np.float32, copy=False), None
-
-
-def _engine_hashes(engines: Mapping[str, Engine]) -> dict[str, str]:
-    from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
-
-    return {
-        name: engine.manifest.engine_sha256
-        for name, engine in engines.items()
-        if isinstance(engine, TensorRTEngine)
-    }
 
 
 def _with_steps(bundle: Bundle, steps: int) -> Bundle:

@@ -9,14 +9,19 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 from groot_int8_ros.errors import EngineError, GrootError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines import ENGINE_KINDS
 from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
-from groot_int8_ros.policy.engines.engine_report import read_engine_report
+from groot_int8_ros.policy.engines.engine_report import (
+    EnginesHere,
+    advice,
+    engines_here,
+    read_engine_report,
+    report_path,
+)
 from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_SUFFIX,
@@ -141,47 +146,37 @@ def examine_engine(
         ]
     except EngineError as error:
         return [Finding(Level.FAULT, "engine", str(error))]
-    hashes = {
-        name: one.engine_sha256
-        for name, one in zip(bundle.manifest.engine_graphs, manifests, strict=True)
-    }
     needed = sum(one.engine_bytes + one.device_memory_bytes for one in manifests)
     what = f"TensorRT {trt.__version__}, {device.describe()}: {len(manifests)} engines fit"
     return [
         Finding(Level.OK, "engine", what),
-        examine_answers(bundle.folder, hashes),
+        examine_answers(bundle.folder, engines_here(bundle)),
         _memory(needed, "weights and activations", is_loaded, cuda.free_bytes()),
     ]
 
 
-def examine_answers(folder: Path, hashes: Mapping[str, str]) -> Finding:
+def examine_answers(bundle: Path, here: EnginesHere) -> Finding:
     """Say whether these engines were compared with their graphs, and what came of it.
 
     Args:
-        folder: The bundle.
-        hashes: Hash of each of its engines for this device, by graph.
+        bundle: The bundle's folder.
+        here: Its engines for this device.
     """
-    report = read_engine_report(folder)
-    command = f"groot-int8 verify-engines --bundle {folder}"
-    if report is None or report.engines != hashes:
+    report = read_engine_report(report_path(bundle, here.folder))
+    if report is None or report.engines != here.hashes:
         return Finding(
             Level.WARNING,
             "answers",
             "these engines were never compared with their graphs"
             if report is None
             else "the engines were built again since they were compared with their graphs",
-            f"a builder can be wrong without a word: {command}",
+            f"a builder can be wrong without a word: groot-int8 verify-engines --bundle {bundle}",
         )
-    off = f"{100 * (report.relative_l2 or 0.0):.2g} % off those of their graphs"
-    error = "not finite" if report.relative_l2 is None else off
-    if not report.passed:
-        return Finding(
-            Level.FAULT,
-            "answers",
-            f"the engines' actions are {error} ({100 * report.max_error:g} % was allowed)",
-            f"do not run them; build them again and compare: {command}",
-        )
-    return Finding(Level.OK, "answers", f"the engines' actions are {error}")
+    level = Level.OK if report.passed else Level.FAULT
+    what = f"the engines' actions are {report.error}"
+    return Finding(
+        level, "answers", what, "" if report.passed else advice(bundle, here.build_options)
+    )
 
 
 def _onnxruntime() -> Finding:

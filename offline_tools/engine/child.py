@@ -23,13 +23,21 @@ class ChildProcessBugError(Exception):
     """The child raised what no user can mend; the message holds its traceback."""
 
 
-def run_in_child(function: Callable[..., Result], *arguments: Any, what: str) -> Result:
+def run_in_child(
+    function: Callable[..., Result],
+    *arguments: Any,
+    what: str,
+    if_killed: str = "build with --low-memory",
+    if_crashed: str = "Try the other --weight-form, or another TensorRT, and report the graph",
+) -> Result:
     """Call a function in a new process and return its result.
 
     Args:
         function: A function of a module, which the new process imports.
         *arguments: Its arguments; they and the result are pickled.
         what: What it does, for the message if the process dies.
+        if_killed: What else helps when memory ran out.
+        if_crashed: What helps when the library crashed.
 
     Raises:
         GrootError: What the function raised as such.
@@ -44,7 +52,7 @@ def run_in_child(function: Callable[..., Result], *arguments: Any, what: str) ->
         kind, value = receiver.recv()
     except EOFError:
         process.join()
-        raise EngineError(_explain_death(process.exitcode, what)) from None
+        raise EngineError(_explain_death(process.exitcode, what, if_killed, if_crashed)) from None
     finally:
         # An interrupt of ours must not leave a builder behind that holds the GPU for minutes.
         if process.is_alive():
@@ -72,16 +80,13 @@ def _call(sender: Connection, function: Callable[..., Any], arguments: tuple[Any
         sender.send(("bug", traceback.format_exc()))
 
 
-def _explain_death(exitcode: int | None, what: str) -> str:
+def _explain_death(exitcode: int | None, what: str, if_killed: str, if_crashed: str) -> str:
     if exitcode is None or exitcode >= 0:
         return f"{what} ended without a result (exit code {exitcode})"
     name = signal.Signals(-exitcode).name
     if name == "SIGKILL":
         return (
             f"{what} was killed, as the kernel does when memory runs out. Stop what else runs, "
-            "or build with --low-memory"
+            f"or {if_killed}"
         )
-    return (
-        f"{what} crashed inside the library ({name}). Try the other --weight-form, or another "
-        "TensorRT, and report the graph"
-    )
+    return f"{what} crashed inside the library ({name}). {if_crashed}"

@@ -6,7 +6,7 @@ of its name; what it makes lies in one folder::
     OUTPUT/float         bundle in floating point, verified against the checkpoint
     OUTPUT/calibration   captured inputs of the two large graphs, and their coverage report
     OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built, and how
-                         far their answers are from the graphs' (reports/verify_engines.json)
+                         far their answers are from the graphs' (reports/verify_engines)
     OUTPUT/report        audit.json, audit_engines.json, report.json, report.md
     OUTPUT/.pipeline     what each step was made from, and how long it took
 """
@@ -25,7 +25,7 @@ from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError, EngineError
 from groot_int8_ros.policy.bundle import MANIFEST_FILE, TOKENIZER_FILE, open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
-from groot_int8_ros.policy.engines.engine_report import ENGINE_REPORT
+from groot_int8_ros.policy.engines.engine_report import report_path
 from groot_int8_ros.policy.engines.tensorrt_manifest import engine_folder
 from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
@@ -105,6 +105,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--low-memory", action="store_true", help="as for build, where engines are built"
     )
+    parser.add_argument("--builder-level", type=int, choices=range(6), help="as for build")
     parser.add_argument(
         "--refresh",
         nargs="?",
@@ -149,6 +150,11 @@ def run(args: argparse.Namespace) -> int:
         audit=output / "report" / AUDIT_FILE,
         audit_of_engines=(
             None if "audit-engines" in left_out else output / "report" / ENGINE_AUDIT_FILE
+        ),
+        answers_of_engines=(
+            None
+            if "verify-engines" in left_out
+            else report_path(output / "int8", _engines_here(output / "int8"))
         ),
         seconds={name: state.seconds if state else None for name, state in states.items()},
         left_out=left_out,
@@ -224,6 +230,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         *(["--accept"] if args.accept else []),
     ]
     captured = _given(args, "samples", "seed")
+    built = [*(["--low-memory"] if args.low_memory else []), *_given(args, "builder_level")]
 
     def read_by_export() -> str:
         tokenizer = args.tokenizer or checkpoint
@@ -323,12 +330,11 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         ),
         Step(
             "build",
-            options=["--low-memory"] if args.low_memory else [],
+            options=built,
             inputs=int8_bundle,
             output=built_engines,
             arguments=lambda _: [
-                *("--bundle", str(folders["int8"])),
-                *(["--low-memory"] if args.low_memory else []),
+                *("--bundle", str(folders["int8"]), *built),
             ],
             rough_s=rough_s("build"),
             left_out=no_engines,
@@ -365,7 +371,9 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             "verify-engines",
             options=[],
             inputs=lambda: digest([built_engines(), _digest_of_dataset(dataset)]),
-            output=lambda: sha256_of_file(folders["int8"] / ENGINE_REPORT),
+            output=lambda: sha256_of_file(
+                report_path(folders["int8"], _engines_here(folders["int8"]))
+            ),
             arguments=lambda _: ["--bundle", str(folders["int8"]), "--dataset", str(dataset)],
             rough_s=rough_s("verify-engines"),
             left_out=no_engines,
@@ -380,7 +388,9 @@ def _why_no_engines(bundle: Path) -> str:
     try:
         _engines_here(bundle)
     except EngineError as error:
-        return f"{error} (on the robot: groot-int8 build --bundle {bundle.name})"
+        return (
+            f"{error} (on the robot: groot-int8 build --bundle {bundle.name}, then verify-engines)"
+        )
     return ""
 
 

@@ -28,6 +28,7 @@ def write_report(
     captures: Path,
     audit: Path,
     audit_of_engines: Path | None,
+    answers_of_engines: Path | None,
     seconds: Mapping[str, float | None],
     left_out: Mapping[str, str],
 ) -> str:
@@ -40,13 +41,14 @@ def write_report(
         captures: The calibration set.
         audit: What `groot-int8 audit --json` wrote of the graphs.
         audit_of_engines: The same of the engines; None where none were built.
+        answers_of_engines: What `groot-int8 verify-engines` wrote of them; None as above.
         seconds: Step to its duration, where it is known.
         left_out: Step to why it was left out.
     """
     float_manifest = open_bundle(float_bundle, verify_hashes=False).manifest
     int8_manifest = open_bundle(int8_bundle, verify_hashes=False).manifest
     verified = _load(float_bundle / "reports" / "verify.json")
-    of_engines = None if "verify-engines" in left_out else read_engine_report(int8_bundle)
+    of_engines = read_engine_report(answers_of_engines) if answers_of_engines else None
     coverage = _load(captures / "coverage.json")
     content = {
         "version": __version__,

@@ -1,7 +1,10 @@
 """What `groot-int8 verify-engines` found, as it lies in the bundle: may these engines be run?
 
 Owns: the file's place and content, and the refusal of engines that failed. Must not import torch
-or TensorRT.
+or TensorRT before it is asked which engines are here.
+
+`bundle/reports/verify_engines/<folder of the engines>.json`: one for each TensorRT and device, for
+a bundle may serve several. It names the engines by their hash, so it ends with them.
 """
 
 from __future__ import annotations
@@ -10,12 +13,39 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.engines.tensorrt_manifest import rebuild_command
+from groot_int8_ros.policy.engines.cuda import Cuda
+from groot_int8_ros.policy.engines.tensorrt_manifest import (
+    ENGINE_SUFFIX,
+    engine_folder,
+    read_engine_manifest,
+    rebuild_command,
+)
 from groot_int8_ros.policy.files import atomic_file
 
-ENGINE_REPORT = "reports/verify_engines.json"
+if TYPE_CHECKING:
+    from groot_int8_ros.policy.bundle import Bundle
+
+_REPORTS = "reports/verify_engines"
+
+
+@dataclass(frozen=True)
+class EnginesHere:
+    """A bundle's engines for the TensorRT and the device that are here.
+
+    Attributes:
+        folder: Where they lie.
+        device: TensorRT and device, for a person.
+        hashes: Hash of each, by graph.
+        build_options: Options that they were built with, for `groot-int8 build`.
+    """
+
+    folder: Path
+    device: str
+    hashes: Mapping[str, str]
+    build_options: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -24,7 +54,7 @@ class EngineReport:
 
     Attributes:
         engines: Hash of each engine that was compared, by graph.
-        device: Device and TensorRT that it was done on, for a person.
+        device: TensorRT and device that it was done on, for a person.
         source: What the observations were.
         samples: How many.
         relative_l2: Of `action_pred`, the worst observation; None if it was not finite.
@@ -40,47 +70,97 @@ class EngineReport:
     max_error: float
     passed: bool
 
-    def write(self, bundle: Path) -> None:
-        """Write the report into a bundle.
+    @property
+    def error(self) -> str:
+        """What the error was, as the end of a sentence about the engines' actions."""
+        if self.relative_l2 is None:
+            return "not finite"
+        return (
+            f"{100 * self.relative_l2:.2g} % off those of their graphs "
+            f"({100 * self.max_error:g} % is allowed)"
+        )
+
+    def write(self, path: Path) -> None:
+        """Write the report.
 
         Raises:
             OutputError: It cannot be written.
         """
-        with atomic_file(bundle / ENGINE_REPORT) as path:
-            path.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+        with atomic_file(path) as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def read_engine_report(bundle: Path) -> EngineReport | None:
-    """Return a bundle's report, or None if there is none that can be read."""
+def report_path(bundle: Path, engines: Path) -> Path:
+    """Return where the report on a folder of engines lies.
+
+    Args:
+        bundle: The bundle's folder.
+        engines: The folder inside it that holds the engines.
+    """
+    return bundle / _REPORTS / f"{engines.name}.json"
+
+
+def read_engine_report(path: Path) -> EngineReport | None:
+    """Return a report, or None if there is none that can be read."""
     try:
-        content = json.loads((bundle / ENGINE_REPORT).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         return EngineReport(**content)
     except (OSError, ValueError, TypeError):
         return None
 
 
-def refuse_failed_engines(bundle: Path, engines: Mapping[str, str]) -> None:
-    """Refuse engines that were compared with their graphs and did not answer like them.
-
-    Args:
-        bundle: The bundle's folder.
-        engines: Hash of each of its engines, by graph.
+def engines_here(bundle: Bundle) -> EnginesHere:
+    """Return a bundle's engines for the TensorRT and the device that are here.
 
     Raises:
-        EngineError: The bundle's report is of these engines, and says so.
+        EngineError: There is no TensorRT or GPU here, or an engine is missing.
     """
-    report = read_engine_report(bundle)
-    if report is None or report.passed or report.engines != engines:
-        return
-    error = (
-        "not finite"
-        if report.relative_l2 is None
-        else f"{report.relative_l2:.2g} off those of their graphs (relative L2; "
-        f"{report.max_error:g} was allowed)"
+    from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
+
+    version, device = str(import_tensorrt().__version__), Cuda().device()
+    folder = engine_folder(bundle.folder, version, device)
+    manifests = {}
+    for name in bundle.manifest.engine_graphs:
+        path = folder / (bundle.graph_path(name).stem + ENGINE_SUFFIX)
+        if not path.is_file():
+            raise EngineError(
+                f"{path} does not exist: no engine was built for TensorRT {version} on "
+                f"{device.describe()}. Build it here: {rebuild_command(bundle.folder)}"
+            )
+        manifests[name] = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
+    options = next(iter(manifests.values())).build_options
+    return EnginesHere(
+        folder=folder,
+        device=f"TensorRT {version}, {device.describe()}",
+        hashes={name: manifest.engine_sha256 for name, manifest in manifests.items()},
+        # Each names its own graph first; all are to be built again.
+        build_options=options[2:] if options[:1] == ("--graph",) else options,
     )
+
+
+def advice(bundle: Path, build_options: tuple[str, ...]) -> str:
+    """Return what to do about engines that are wrong."""
+    return (
+        "Do not run them. Deployed graphs in FP16 and INT8 were right where others were not "
+        f"(docs/engines.md); build again and compare: {rebuild_command(bundle, build_options)}; "
+        f"groot-int8 verify-engines --bundle {bundle}"
+    )
+
+
+def refuse_failed_engines(bundle: Bundle) -> None:
+    """Refuse engines that were compared with their graphs and did not answer like them.
+
+    Raises:
+        EngineError: The bundle's report is of the engines that are here, and says so; or there
+            are none here.
+    """
+    here = engines_here(bundle)
+    path = report_path(bundle.folder, here.folder)
+    report = read_engine_report(path)
+    if report is None or report.passed or report.engines != here.hashes:
+        return
     raise EngineError(
-        f"the engines of {bundle} are wrong: groot-int8 verify-engines found their actions "
-        f"{error}. Build them again and compare: {rebuild_command(bundle)}; groot-int8 "
-        f"verify-engines --bundle {bundle}. To load them all the same, for an investigation, "
-        f"remove {bundle / ENGINE_REPORT}"
+        f"the engines of {bundle.folder} are wrong: groot-int8 verify-engines found their actions "
+        f"{report.error}. {advice(bundle.folder, here.build_options)}. To load them all the same, "
+        f"for an investigation, remove {path}"
     )

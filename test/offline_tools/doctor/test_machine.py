@@ -11,9 +11,10 @@ import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.engine_report import (
-    ENGINE_REPORT,
     EngineReport,
+    EnginesHere,
     read_engine_report,
+    report_path,
 )
 from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor import machine
@@ -153,6 +154,7 @@ _HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
 def test_engines_that_were_not_compared_with_their_graphs_or_are_wrong_are_named(
     tmp_path: Path, compared: dict[str, Any] | None, level: Level, says: str
 ) -> None:
+    here = EnginesHere(tmp_path / "engines" / "10.3.0-orin-sm87", "a GPU", _HASHES, ("--exact",))
     if compared is not None:
         right = EngineReport(
             engines=_HASHES,
@@ -163,16 +165,17 @@ def test_engines_that_were_not_compared_with_their_graphs_or_are_wrong_are_named
             max_error=0.03,
             passed=True,
         )
-        replace(right, **compared).write(tmp_path)
-    found = machine.examine_answers(tmp_path, _HASHES)
+        replace(right, **compared).write(report_path(tmp_path, here.folder))
+    found = machine.examine_answers(tmp_path, here)
     assert found.level is level
     assert says in found.message
     if level is not Level.OK:
         assert f"groot-int8 verify-engines --bundle {tmp_path}" in found.advice
+    if level is Level.FAULT:
+        assert f"groot-int8 build --bundle {tmp_path} --exact" in found.advice
 
 
 def test_a_damaged_report_counts_as_none(tmp_path: Path) -> None:
-    (tmp_path / "reports").mkdir()
     for text in ("", "[]", '{"passed": true}', "\x00"):
-        (tmp_path / ENGINE_REPORT).write_text(text)
-        assert read_engine_report(tmp_path) is None
+        (tmp_path / "report.json").write_text(text)
+        assert read_engine_report(tmp_path / "report.json") is None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,9 +21,17 @@ import pytest
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.bundle import open_bundle
-from groot_int8_ros.policy.engines.engine_report import EngineReport, read_engine_report
+from groot_int8_ros.policy.engines import engine_report, tensorrt_engine
+from groot_int8_ros.policy.engines.cuda import Device
+from groot_int8_ros.policy.engines.engine_report import (
+    EngineReport,
+    EnginesHere,
+    engines_here,
+    read_engine_report,
+    report_path,
+)
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
+from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest, engine_folder
 from groot_int8_ros.policy.policy import Policy
 from offline_tools.cli import main
 from offline_tools.verify import engines_command
@@ -30,26 +39,43 @@ from offline_tools.verify import engines_command
 Reseal = Callable[[Path], None]
 
 HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
+DEVICE = Device("Orin", "8.7", 8, 16 << 30, integrated=True)
+
+
+def _here(bundle: Path) -> EnginesHere:
+    return EnginesHere(bundle / "engines" / "10.3.0-orin-sm87", "a stand-in", HASHES, ("--exact",))
 
 
 @pytest.fixture
-def engines_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
+def found_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the bundle have engines for a device that seems to be here."""
+    for module in (engines_command, engine_report):
+        monkeypatch.setattr(module, "engines_here", lambda bundle: _here(bundle.folder))
+
+
+@pytest.fixture
+def engines_of(found_here: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
     """Let the graphs of some bundle answer in the place of the engines."""
 
     def put(other: Path) -> None:
         def run(
-            function: Callable[..., Any], bundle: Path, kind: str, *rest: Any, what: str
+            function: Callable[..., Any], bundle: Path, kind: str, *rest: Any, **_: Any
         ) -> Any:
             return function(other if kind == "tensorrt" else bundle, "onnxruntime", *rest)
 
         monkeypatch.setattr(engines_command, "run_in_child", run)
-        monkeypatch.setattr(engines_command, "engines_here", lambda _: ("a stand-in", HASHES))
 
     return put
 
 
 def _verify(bundle: Path, *options: object) -> int:
     return main([str(word) for word in ("verify-engines", "--bundle", bundle, *options)])
+
+
+def _report(bundle: Path) -> EngineReport:
+    report = read_engine_report(report_path(bundle, _here(bundle).folder))
+    assert report is not None
+    return report
 
 
 def _change_scale(bundle: Path, value: float) -> None:
@@ -61,15 +87,34 @@ def _change_scale(bundle: Path, value: float) -> None:
     onnx.save(model, path)
 
 
+@pytest.mark.parametrize(
+    ("fixture", "recorded"),
+    [
+        pytest.param("tiny_bundle", True, id="reference graphs, recorded frames"),
+        pytest.param("deployed_bundle", True, id="deployed graphs, recorded frames"),
+        pytest.param("deployed_bundle", False, id="deployed graphs, noise"),
+    ],
+)
 def test_engines_that_answer_like_their_graphs_pass_and_the_report_names_them(
-    small_copy: Path, engines_of: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    request: pytest.FixtureRequest,
+    found_here: None,
+    tiny_dataset: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    fixture: str,
+    recorded: bool,
 ) -> None:
-    engines_of(small_copy)
-    assert _verify(small_copy, "--samples", 2) == 0
+    pytest.importorskip("torch", reason="these bundles are exported from a checkpoint")
+    bundle = Path(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "bundle"))
+    # In processes of their own, as on a device.
+    monkeypatch.setattr(engines_command, "_KINDS", ("onnxruntime", "onnxruntime"))
+    options = ["--dataset", tiny_dataset] if recorded else []
+    assert _verify(bundle, "--samples", 2, *options) == 0
     assert "PASS" in capsys.readouterr().out
-    report = read_engine_report(small_copy)
-    assert report is not None
+    report = _report(bundle)
     assert (report.engines, report.samples, report.passed) == (HASHES, 2, True)
+    assert report.source == (tiny_dataset.name if recorded else "generated noise")
     assert report.relative_l2 == 0.0
 
 
@@ -89,9 +134,8 @@ def test_engines_that_answer_otherwise_fail_and_are_not_to_be_run(
     assert _verify(small_copy) == 1
     out = capsys.readouterr().out
     assert "Do not run them" in out
-    assert f"groot-int8 build --bundle {small_copy}" in out
-    report = read_engine_report(small_copy)
-    assert report is not None
+    assert f"groot-int8 build --bundle {small_copy} --exact" in out
+    report = _report(small_copy)
     assert report.passed is False
     assert (report.relative_l2 is None) == ("not finite" in out) == bool(np.isnan(scale))
 
@@ -104,10 +148,30 @@ def test_the_threshold_that_the_user_sets_decides(
     reseal(other)
     engines_of(other)
     assert _verify(small_copy) == 0
-    report = read_engine_report(small_copy)
-    assert report is not None
-    assert report.relative_l2
-    assert _verify(small_copy, "--max-error", report.relative_l2 / 2) == 1
+    error = _report(small_copy).relative_l2
+    assert error
+    assert _verify(small_copy, "--max-error", error / 2) == 1
+
+
+@pytest.mark.parametrize(("scale", "code"), [(-1.0, 1), (0.001, 2)])
+def test_a_verdict_that_cannot_be_kept_is_given_all_the_same(
+    small_copy: Path,
+    engines_of: Callable[[Path], None],
+    reseal: Reseal,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    scale: float,
+    code: int,
+) -> None:
+    other = Path(shutil.copytree(small_copy, tmp_path / "other"))
+    _change_scale(other, scale)
+    reseal(other)
+    engines_of(other)
+    (small_copy / "reports").write_text("a file where a folder is to be")
+    assert _verify(small_copy) == code
+    out = capsys.readouterr().out
+    assert "the verdict was not kept" in out
+    assert ("FAIL" in out) == (code == 1)
 
 
 @pytest.mark.skipif(
@@ -119,21 +183,18 @@ def test_without_tensorrt_nothing_is_answered_and_nothing_written(
     monkeypatch.setattr(engines_command, "answers", lambda *_: pytest.fail("it answered"))
     assert _verify(small_copy) == 2
     assert "JetPack" in capsys.readouterr().err
-    assert read_engine_report(small_copy) is None
+    assert not (small_copy / "reports").exists()
 
 
-class _StandIn(TensorRTEngine):
-    """ONNX Runtime under the name and with the hash of an engine."""
-
-    def __init__(self, name: str, graph: Path) -> None:
-        self._onnxruntime = OnnxRuntimeEngine(graph)
-        self._manifest: Any = types.SimpleNamespace(engine_sha256=HASHES[name])
-
-    def __getattribute__(self, name: str) -> Any:
-        inside = object.__getattribute__(self, "__dict__").get("_onnxruntime")
-        if inside is not None and name in {"inputs", "outputs", "run", "close"}:
-            return getattr(inside, name)
-        return object.__getattribute__(self, name)
+def test_a_robot_without_onnx_runtime_is_told_so(
+    small_copy: Path,
+    found_here: None,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert _verify(small_copy) == 2
+    assert "pip install onnxruntime" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -148,21 +209,70 @@ class _StandIn(TensorRTEngine):
     ],
 )
 def test_engines_that_were_found_wrong_are_not_loaded_and_others_are(
-    small_copy: Path, monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any], refused: bool
+    small_copy: Path,
+    found_here: None,
+    monkeypatch: pytest.MonkeyPatch,
+    changed: dict[str, Any],
+    refused: bool,
 ) -> None:
-    graphs = {open_bundle(small_copy).graph_path(name): name for name in HASHES}
-    monkeypatch.setattr(
-        "groot_int8_ros.policy.policy.load_engine",
-        lambda kind, graph, **_: _StandIn(graphs[graph], graph),
-    )
+    loaded: list[Path] = []
+
+    def load(kind: str, graph: Path, **_: Any) -> OnnxRuntimeEngine:
+        loaded.append(graph)
+        return OnnxRuntimeEngine(graph)
+
+    monkeypatch.setattr("groot_int8_ros.policy.policy.load_engine", load)
     Policy.load(small_copy, engine="tensorrt").close()
     right = EngineReport(HASHES, "a GPU", "noise", 3, 0.01, 0.03, passed=True)
-    replace(right, **changed).write(small_copy)
+    path = report_path(small_copy, _here(small_copy).folder)
+    replace(right, **changed).write(path)
+    # What another device found says nothing of this one.
+    replace(right, passed=False).write(path.with_name("8.6.1-h100-sm90.json"))
+    loaded.clear()
     if refused:
         with pytest.raises(EngineError, match="are wrong: groot-int8 verify-engines") as found:
             Policy.load(small_copy, engine="tensorrt")
-        assert f"groot-int8 build --bundle {small_copy}" in str(found.value)
-        # What compares them again has to load them.
-        Policy.load(small_copy, engine="tensorrt", failed_engines=True).close()
+        assert f"groot-int8 build --bundle {small_copy} --exact" in str(found.value)
+        assert not loaded
     else:
         Policy.load(small_copy, engine="tensorrt").close()
+        assert loaded
+
+
+def test_the_engines_of_the_device_that_is_here_are_found_and_a_missing_one_is_named(
+    small_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensorrt = types.SimpleNamespace(__version__="10.3.0")
+    cuda = types.SimpleNamespace(device=lambda: DEVICE)
+    monkeypatch.setattr(tensorrt_engine, "import_tensorrt", lambda: tensorrt)
+    monkeypatch.setattr(engine_report, "Cuda", lambda: cuda)
+    bundle = open_bundle(small_copy)
+    folder = engine_folder(small_copy, "10.3.0", DEVICE)
+    folder.mkdir(parents=True)
+    for name, sha256 in HASHES.items():
+        with pytest.raises(EngineError, match=f"{name}.engine does not exist"):
+            engines_here(bundle)
+        manifest = EngineManifest(
+            graph=f"onnx/{name}.onnx",
+            graph_sha256={f"onnx/{name}.onnx": "0" * 64},
+            engine_sha256=sha256,
+            engine_bytes=6,
+            device_memory_bytes=0,
+            precision="fp16",
+            quantization="none",
+            layer_precision={},
+            calibration={},
+            library="tensorrt",
+            library_version="10.3.0",
+            device=DEVICE,
+            inputs={},
+            outputs={},
+            build_options=("--graph", name, "--low-memory"),
+            build_flags=(),
+            seconds=1.0,
+            peak_memory_bytes=1,
+        )
+        (folder / f"{name}.engine").write_bytes(b"engine")
+        (folder / f"{name}.json").write_text(manifest.to_json())
+    here = engines_here(bundle)
+    assert (here.hashes, here.folder, here.build_options) == (HASHES, folder, ("--low-memory",))
