@@ -12,6 +12,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from groot_int8_ros.errors import EngineError, OutputError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines import Engine, load_engine
@@ -21,6 +23,7 @@ from groot_int8_ros.policy.engines.engine_report import (
     engines_here,
     report_path,
 )
+from groot_int8_ros.policy.graph_runs import CommittedRows
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Float32Array, Observation
 from offline_tools.arguments import not_negative_int, positive_float, positive_int
@@ -115,7 +118,8 @@ def answers(bundle: Path, kind: str, observations: list[Observation]) -> list[Fl
         bundle: The bundle, whose hashes are known to be right.
         kind: `onnxruntime` or `tensorrt`. Not through `Policy.load`, which refuses engines that
             were found wrong, and whose ONNX Runtime copies weights to be faster.
-        observations: Asked one after the other, the noise drawn from their place.
+        observations: Asked one after the other, the noise drawn from their place; every second
+            one with rows that are committed already, as the seam between two chunks has them.
 
     Returns:
         `action_pred` of each, float32 (horizon, max_action_dim), finite or not.
@@ -133,10 +137,19 @@ def answers(bundle: Path, kind: str, observations: list[Observation]) -> list[Fl
             inputs = graphs.preprocess(observation)
             noise = draw_noise(0, index, policy.noise_shape)
             # Not `infer`, which refuses values that are not finite: here they are looked for.
-            found.append(graphs.actions(inputs, graphs.features(inputs), noise).copy())
+            rows = _first_rows_committed(policy.noise_shape) if index % 2 else None
+            found.append(graphs.actions(inputs, graphs.features(inputs), noise, rows).copy())
         return found
     finally:
         policy.close()
+
+
+def _first_rows_committed(shape: tuple[int, int]) -> CommittedRows:
+    horizon, width = shape
+    actions, mask = np.zeros((1, horizon, width), np.float32), np.zeros((1, horizon), np.bool_)
+    first = slice(max(1, horizon // 4))
+    actions[0, first], mask[0, first] = 0.5, True
+    return CommittedRows(actions, mask)
 
 
 def _load(kind: str, graph: Path) -> Engine:

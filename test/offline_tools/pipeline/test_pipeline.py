@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import pytest
 pytest.importorskip("torch", reason="exporting needs torch")
 pytest.importorskip("transformers", reason="the model needs transformers")
 
-from groot_int8_ros.policy.engines.engine_report import EngineReport
+from groot_int8_ros.policy.engines.engine_report import EngineReport, report_path
 from offline_tools.cli import main
 from offline_tools.pipeline.report import write_report
 from offline_tools.pipeline.step import StepFailedError, run_subcommand
@@ -286,3 +287,48 @@ def test_missing_folder_is_named(
     assert main(["pipeline", *options]) == 2
     assert f"no such folder: {tmp_path / 'none'}" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("error", "code"), [(0.004, 0), (0.11, 1)])
+def test_where_engines_can_be_built_their_answers_are_part_of_the_verdict(
+    arguments: list[str],
+    output: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: float,
+    code: int,
+) -> None:
+    """The three commands that need a GPU are stood in for by what they leave."""
+    folder = Path(shutil.copytree(output, tmp_path / "out"))
+    engines = folder / "int8" / "engines" / "10.3.0-orin-sm87"
+    report = EngineReport({"backbone": "a"}, "a GPU", "frames", 3, error, 0.03, passed=not code)
+    ran: list[tuple[str, ...]] = []
+
+    def run(name: str, *words: str) -> None:
+        ran.append((name, *words))
+        if name == "build":
+            engines.mkdir(parents=True)
+            (engines / "backbone.json").write_text("{}")
+        elif name == "audit":
+            shutil.copy(folder / "report" / "audit.json", words[-1])
+        elif name == "verify-engines":
+            report.write(report_path(folder / "int8", engines))
+            if code:
+                raise StepFailedError(name, code)
+        else:
+            pytest.fail(f"{name} ran again")
+
+    monkeypatch.setattr("offline_tools.pipeline.command._engines_here", lambda _: engines)
+    monkeypatch.setattr("offline_tools.pipeline.command.run_subcommand", run)
+    words = ["pipeline", *arguments, "--output", str(folder), "--builder-level", "2"]
+    assert main(words) == code
+    assert [one[0] for one in ran] == ["build", "audit", "verify-engines"]
+    assert ran[0][-2:] == ("--builder-level", "2")
+    page = (folder / "report" / "report.md").read_text()
+    assert ("too far, do not run them" in page) == bool(code)
+    assert "engines against the same graphs on ONNX Runtime | | " in page
+    ran.clear()
+    assert main(words) == code
+    # A verdict that was bad is asked for again; what is right stays.
+    assert [one[0] for one in ran] == (["verify-engines"] if code else [])
