@@ -8,7 +8,7 @@ of its name; what it makes lies in one folder::
     OUTPUT/int8          bundle with INT8 layers; engines in it, where they can be built, and how
                          far their answers are from the graphs' (reports/verify_engines)
     OUTPUT/report        audit.json, audit_engines.json, report.json, report.md
-    OUTPUT/.pipeline     what each step was made from, and how long it took
+    OUTPUT/.pipeline     what each step was made from, and how long it took; the videos' hashes
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.engine.library import open_library
+from offline_tools.pipeline.file_hashes import FileHashes
 from offline_tools.pipeline.report import REPORT_FILES, write_report
 from offline_tools.pipeline.step import (
     STATE_FOLDER,
@@ -232,6 +233,11 @@ def _steps(args: argparse.Namespace) -> list[Step]:
     captured = _given(args, "samples", "seed")
     built = [*(["--low-memory"] if args.low_memory else []), *_given(args, "builder_level")]
 
+    hashes = FileHashes(output / STATE_FOLDER)
+
+    def read_of_dataset() -> str:
+        return _digest_of_dataset(dataset, hashes)
+
     def read_by_export() -> str:
         tokenizer = args.tokenizer or checkpoint
         tokenizer = tokenizer if tokenizer.is_file() else tokenizer / TOKENIZER_FILE
@@ -239,7 +245,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         return digest(
             [
                 _digest_of_checkpoint(checkpoint),
-                _digest_of_dataset(dataset),
+                read_of_dataset(),
                 *map(sha256_of_file, single),
             ]
         )
@@ -302,7 +308,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         Step(
             "verify",
             options=[],
-            inputs=lambda: digest([float_bundle(), _digest_of_dataset(dataset)]),
+            inputs=lambda: digest([float_bundle(), read_of_dataset()]),
             output=lambda: sha256_of_file(folders["float"] / "reports" / "verify.json"),
             arguments=lambda _: [
                 *("--bundle", str(folders["float"]), "--checkpoint", str(checkpoint)),
@@ -314,7 +320,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         Step(
             "calibrate",
             options=captured,
-            inputs=lambda: digest([float_bundle(), _digest_of_dataset(dataset)]),
+            inputs=lambda: digest([float_bundle(), read_of_dataset()]),
             output=captures,
             arguments=calibrate_arguments,
             rough_s=rough_s("calibrate", args.samples),
@@ -370,7 +376,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         Step(
             "verify-engines",
             options=[],
-            inputs=lambda: digest([built_engines(), _digest_of_dataset(dataset)]),
+            inputs=lambda: digest([built_engines(), read_of_dataset()]),
             output=lambda: sha256_of_file(
                 report_path(folders["int8"], _engines_here(folders["int8"]))
             ),
@@ -413,12 +419,15 @@ def _digest_of_checkpoint(folder: Path) -> str:
     return digest_of_files(files, folder)
 
 
-def _digest_of_dataset(folder: Path) -> str:
-    # Videos are too large to be read each time; they count by name and size, all else by content.
-    videos = sorted(path for path in folder.rglob("*.mp4"))
+def _digest_of_dataset(folder: Path, hashes: FileHashes) -> str:
+    # Videos are too large to be read each time.
+    videos = sorted(folder.rglob("*.mp4"))
     others = [path for name in ("meta", "data") for path in (folder / name).rglob("*.*")]
-    sizes = (f"{path.relative_to(folder).as_posix()} {path.stat().st_size}" for path in videos)
-    return digest([digest_of_files(filter(Path.is_file, others), folder), *sizes])
+    contents = (
+        f"{path.relative_to(folder).as_posix()} {sha256}"
+        for path, sha256 in zip(videos, hashes.of(videos), strict=True)
+    )
+    return digest([digest_of_files(filter(Path.is_file, others), folder), *contents])
 
 
 def _digest_of_bundle(folder: Path) -> str:

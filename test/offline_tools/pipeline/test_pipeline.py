@@ -155,6 +155,24 @@ def test_the_plan_says_what_would_run_and_runs_nothing(
     assert re.search(r"^about \d+ (s|min) in all$", printed, re.MULTILINE)
 
 
+def test_video_of_the_same_size_and_another_content_is_noticed(
+    again: Callable[..., tuple[list[str], str]], tiny_dataset: Path, tmp_path: Path
+) -> None:
+    dataset = Path(shutil.copytree(tiny_dataset, tmp_path / "dataset"))
+    options = ("--plan", "--dataset", str(dataset))
+    _, printed = again(*options)
+    assert "reading" in printed
+    assert "has changed" not in printed, "it depends on where the dataset lies"
+    video = sorted(dataset.rglob("*.mp4"))[-1]
+    content = bytearray(video.read_bytes())
+    content[-1] ^= 1
+    video.write_bytes(content)
+    _, printed = again(*options)
+    assert "reading 1 new or changed videos" in printed
+    (line,) = [one for one in printed.splitlines() if one.startswith("export")]
+    assert "what it is made from has changed" in line
+
+
 def test_the_first_plan_does_not_promise_a_true_size_model_in_minutes(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
