@@ -231,7 +231,11 @@ class InferenceWorker:
     def _infer_and_publish(
         self, snapshot: Snapshot, instruction: str, seed: int, period_s: float
     ) -> Hold | None:
-        newest_s = max(sample.arrival_s for sample in snapshot.samples.values())
+        newest_s = max(
+            snapshot.samples[stream.name].arrival_s
+            for stream in self._buffer.streams
+            if stream.is_camera
+        )
         wait_s = time.monotonic() - newest_s
         started_s = time.perf_counter()
         age_s = (self._host.now_ns() - snapshot.stamp_ns) * 1e-9

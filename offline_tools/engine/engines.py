@@ -47,6 +47,7 @@ from offline_tools.engine.library import Library, open_library
 from offline_tools.engine.memory import Forecast, forecast
 from offline_tools.engine.profiles import Lengths, lengths_of
 from offline_tools.engine.verdicts import LayerVerdict
+from offline_tools.quantize.calibration_set import ADVISED_SET
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 QUANTIZATIONS = ("qdq", "calibrator")
@@ -430,6 +431,8 @@ def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
         )
     feeds = store.feeds(job.name, open_bundle(job.bundle, verify_hashes=False))
     batches = describe_batches(job.record.inputs, lambda: feeds, str(store.folder))
+    if batches.count < ADVISED_SET:
+        print(f"{job.name}: {batches.count} samples calibrate; {ADVISED_SET} or more are advised")
     return Calibration(batches, None), store.content_sha256
 
 

@@ -65,6 +65,9 @@ class Trajectory:
         return [{k: v[start] for k, v in self.episode.state.items()} for start in self.starts]
 
 
+PYTORCH_BFLOAT16 = "PyTorch bfloat16"
+
+
 @dataclass(frozen=True)
 class Answers:
     """What one policy answered to every observation of a run.

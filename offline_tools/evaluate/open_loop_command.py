@@ -27,6 +27,7 @@ from offline_tools.arguments import seed as seed_type
 from offline_tools.evaluate.action_metrics import ActionErrors, action_errors
 from offline_tools.evaluate.open_loop import (
     DEFAULT_STEPS,
+    PYTORCH_BFLOAT16,
     Answers,
     RecordedErrors,
     Trajectory,
@@ -125,7 +126,8 @@ class _Judged:
     """One policy's answers and everything that was found out about them.
 
     `recorded` and `predicted` have an entry a trajectory; the first policy of a run has no
-    `reference` and no `errors`.
+    `reference` and no `errors`. `times_bfloat16` is its relative L2 over that of PyTorch in
+    bfloat16, where that has answered.
     """
 
     answers: Answers
@@ -133,6 +135,7 @@ class _Judged:
     predicted: tuple[Mapping[str, Float64Array], ...]
     reference: str | None
     errors: ActionErrors | None
+    times_bfloat16: float | None
     latency_ms: Mapping[str, Mapping[str, float]]
 
     def mean(self, figure: str) -> float:
@@ -166,7 +169,11 @@ class _Judged:
             },
             "against": None
             if self.errors is None
-            else {"reference": self.reference, **self.errors.to_dict()},
+            else {
+                "reference": self.reference,
+                "times_bfloat16": self.times_bfloat16,
+                **self.errors.to_dict(),
+            },
             "latency_ms": self.latency_ms,
         }
 
@@ -279,7 +286,7 @@ def _judge(
 ) -> list[_Judged]:
     robot, processor = bundle.manifest.robot, bundle.processor
     states = [state for trajectory in trajectories for state in trajectory.states()]
-    reference = answers[0]
+    reference, bfloat16 = answers[0], None
     judged = []
     for one in answers:
         chunks = iter(one.action_pred)
@@ -296,6 +303,8 @@ def _judge(
             errors = action_errors(
                 processor, robot, reference.action_pred, one.action_pred, states
             )
+        if one.name == PYTORCH_BFLOAT16:
+            bfloat16 = errors
         judged.append(
             _Judged(
                 answers=one,
@@ -303,6 +312,9 @@ def _judge(
                 predicted=predicted,
                 reference=reference.name if errors else None,
                 errors=errors,
+                times_bfloat16=(
+                    errors.relative_l2 / bfloat16.relative_l2 if errors and bfloat16 else None
+                ),
                 latency_ms=_latency_ms(one, warmup),
             )
         )
@@ -357,7 +369,7 @@ def _print(judged: Sequence[_Judged]) -> None:
     _print_joints(judged)
     for one in judged:
         if one.errors is not None:
-            _print_errors(one.answers.name, str(one.reference), one.errors)
+            _print_errors(one.answers.name, str(one.reference), one.errors, one.times_bfloat16)
     _print_latency([one for one in judged if one.answers.timings_s])
 
 
@@ -374,12 +386,16 @@ def _print_joints(judged: Sequence[_Judged]) -> None:
         print(f"{label:{width}} " + " ".join(cells))
 
 
-def _print_errors(name: str, reference: str, errors: ActionErrors) -> None:
+def _print_errors(
+    name: str, reference: str, errors: ActionErrors, times_bfloat16: float | None
+) -> None:
     print(f"\n{name} against {reference}, {errors.samples} chunks from the same noise:")
     print(
         f"  cosine {errors.cosine:.7f}, relative L2 {100 * errors.relative_l2:.4f} % "
         f"(worst chunk {100 * errors.worst_relative_l2:.4f} %)"
     )
+    if times_bfloat16 is not None:
+        print(f"  {times_bfloat16:.2f} times what bfloat16 costs")
     for unit, one in errors.by_unit.items():
         print(
             f"  joints in {unit}: p99 {one.p99:.4g}, max {one.maximum:.4g}, "

@@ -16,7 +16,7 @@ from groot_int8_ros.errors import CheckpointError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from offline_tools.compare_quantization.bfloat16 import bfloat16_actions
-from offline_tools.evaluate.open_loop import Answers, Trajectory
+from offline_tools.evaluate.open_loop import PYTORCH_BFLOAT16, Answers, Trajectory
 from offline_tools.model.checkpoint import CheckpointReader
 from offline_tools.model.configuration import load_model_config
 from offline_tools.verify.checks import refuse_other_checkpoint
@@ -82,7 +82,7 @@ def torch_answers(
     float32 = tuple(head.action_pred for head in heads)
     answers = (
         Answers("PyTorch float32", "PyTorch on the CPU", steps, float32),
-        Answers("PyTorch bfloat16", "PyTorch on the CPU", steps, bfloat16),
+        Answers(PYTORCH_BFLOAT16, "PyTorch on the CPU", steps, bfloat16),
     )
     for one in answers:
         if not all(np.isfinite(prediction).all() for prediction in one.action_pred):

@@ -199,6 +199,7 @@ class _Context:
         self._scratch = gpu.allocate(_ACTIVATIONS)
         self._address: dict[str, int] = {}
         self._shape: tuple[int, ...] = ()
+        self.profiler: Any = None
 
     def __del__(self) -> None:
         self._gpu.blocks.pop(self._scratch, None)
@@ -225,6 +226,9 @@ class _Context:
             x = (ctypes.c_int32 * count).from_address(self._address["x"])
             y = (ctypes.c_float * count).from_address(self._address["y"])
             y[:] = [2.0 * value for value in x]
+            if self.profiler is not None:
+                self.profiler.report_layer_time("cast", 0.5)
+                self.profiler.report_layer_time("double", 1.5)
 
         self._gpu.do(work)
         return True
@@ -237,6 +241,9 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str) -> Any:
 
     class ILogger:
         ERROR, INTERNAL_ERROR, WARNING = 1, 0, 2
+
+    class IProfiler:
+        pass
 
     class Engine:
         num_io_tensors = 2
@@ -269,7 +276,7 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str) -> Any:
             self._log.log(1, "the plan cannot be read")
             return None
 
-    module.ILogger, module.Runtime = ILogger, Runtime
+    module.ILogger, module.IProfiler, module.Runtime = ILogger, IProfiler, Runtime
     module.TensorIOMode = types.SimpleNamespace(INPUT="in")
     module.nptype = np.dtype
     return module
@@ -340,6 +347,22 @@ def test_machine_without_a_gpu_or_its_driver_is_told_so(
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", runtime)
     with pytest.raises(CudaError, match=f"{code}: {words}"):
         Cuda()
+
+
+def test_the_time_of_each_layer_is_its_mean_and_is_not_taken_from_a_graph(
+    load: Callable[..., TensorRTEngine],
+) -> None:
+    gpu = _Gpu()
+    engine = load(gpu)
+    feeds = {"x": np.array([[1, 2, 3]], np.int64)}
+    engine.run(feeds)
+    launched = gpu.launches
+    assert engine.layer_times_ms(4) == {"cast": 0.5, "double": 1.5}
+    # A CUDA graph is one launch: nobody would report its layers.
+    assert gpu.launches == launched
+    assert engine.cuda_graph_state == "off, for its layers were timed"
+    assert engine.run(feeds)["y"].tolist() == [[2.0, 4.0, 6.0]]
+    engine.close()
 
 
 def test_runs_of_every_length_allocate_nothing_and_closing_gives_all_back(

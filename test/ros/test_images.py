@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import sys
 from pathlib import Path
 
@@ -59,6 +60,16 @@ def test_channel_order_and_row_padding(
     assert frame.dtype == np.uint8
     assert frame.flags.c_contiguous
     np.testing.assert_array_equal(frame, expected)
+
+
+def test_a_raw_rgb_frame_is_the_message_itself() -> None:
+    name, bridge = load_bridge()
+    if name != "rosbags-image":
+        pytest.skip(f"{name} converts frames here, and may copy them")
+    message = raw("rgb8", RGB)
+    message.data = array.array("B", RGB.tobytes())  # as rclpy hands it over
+    frame = rgb_from_image(message, TOPIC, (6, 8), bridge)
+    assert np.shares_memory(frame, np.frombuffer(message.data, np.uint8))
 
 
 def bt601(y: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray:

@@ -110,8 +110,17 @@ def test_channel_outliers_reach_the_calibrations_magnitudes(
     expected = {name for name in after if not any(part in name for part in spared)}
     expected = {name for name in expected if "patch_embedding" not in name}
     assert grown == expected
-    norms = [after[n].max().item() for n in after if "language" in n and "q_proj" in n]
-    assert all(10.0 < value < 80.0 for value in norms), norms
+    # As a calibration of a real backbone saw them, within a factor of three: the gains are those
+    # of that calibration, what they are applied to is random.
+    for part, layer, seen in (
+        ("language", "q_proj", 27.0),
+        ("language", "o_proj", 35.0),
+        ("language", "down_proj", 180.0),
+        ("vision", "q_proj", 20.0),
+    ):
+        found = [after[n].max().item() for n in after if part in n and n.endswith(layer)]
+        assert found
+        assert all(seen / 3 < value < seen * 3 for value in found), (layer, found)
     # Channels, not tokens: the same channel is large in nearly every row.
     rows = after[next(n for n in after if "language" in n and "q_proj" in n)][0]
     channel = int(rows.max(dim=0).values.argmax())

@@ -92,6 +92,7 @@ def test_deployed_graphs_answer_as_the_reference_graphs_do(
     assert deployed["runs_on"].endswith("deployed graphs, backbone fp32, action_head fp32")
     # From raw frames, the image chain included, of which a grey level may round otherwise.
     assert deployed["against"]["relative_l2"] < 1e-3
+    assert deployed["against"]["times_bfloat16"] is None
 
 
 def test_all_forms_of_a_policy_answer_the_same_frames_from_the_same_noise(g1_report: Path) -> None:
@@ -111,6 +112,9 @@ def test_all_forms_of_a_policy_answer_the_same_frames_from_the_same_noise(g1_rep
     assert 1e-4 < errors["PyTorch bfloat16"]["relative_l2"] < 0.02
     assert 1e-4 < errors["int8"]["relative_l2"] < 0.1
     assert "dit int8" in policies["int8"]["runs_on"]
+    yardstick = errors["PyTorch bfloat16"]["relative_l2"]
+    for one in errors.values():
+        assert one["times_bfloat16"] == pytest.approx(one["relative_l2"] / yardstick)
 
 
 def test_figures_are_those_of_the_public_procedure(
