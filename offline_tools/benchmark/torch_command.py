@@ -19,6 +19,8 @@ from groot_int8_ros.policy.files import atomic_file
 from offline_tools.arguments import camera_size, not_negative_int, positive_int
 from offline_tools.benchmark import torch_runs
 from offline_tools.cost.stages import made_case
+from offline_tools.cost.torch_count import count_stage
+from offline_tools.cost.work import GraphWork, observation, total
 from offline_tools.demo.random_checkpoint import SIZES
 from offline_tools.export.deployed_stages import (
     REFERENCE,
@@ -55,11 +57,11 @@ class Line:
         head_ms: Median of everything behind it, all denoising steps.
         total_ms: Median of the sum.
         total_p99_ms: 99th percentile of the sum.
-        backbone_floor_ms: Below which this GPU's backbone cannot be: each weight read once, all
-            products done.
+        backbone_floor_ms: Below which this GPU's backbone cannot be (`Ceilings.floor_s`).
         head_floor_ms: The same of the head.
         floor_ms: Of one after the other.
-        flops: Of one observation.
+        flops: Of one observation, counted.
+        weight_bytes: Of the weights that one observation reads, again at every launch, counted.
     """
 
     setting: Setting
@@ -72,6 +74,7 @@ class Line:
     head_floor_ms: float
     floor_ms: float
     flops: int
+    weight_bytes: int
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -141,7 +144,8 @@ def _measure(
         for name, own in graphs.items()
     }
     times = torch_runs.time_interleaved(parts, rounds=args.rounds, warmup=args.warmup)
-    return [_line(setting, family, parts, times, ceilings) for family in ("reference", "deployed")]
+    works = count(graphs)
+    return [_line(setting, family, works, times, ceilings) for family in ("reference", "deployed")]
 
 
 def graphs_of(
@@ -168,19 +172,22 @@ def graphs_of(
     }
 
 
+def count(graphs: dict[str, tuple[StageGraph, ...]]) -> dict[str, tuple[GraphWork, ...]]:
+    """Count each part's work for one observation, as `groot-int8 cost` does; needs no GPU."""
+    return {name: tuple(count_stage(one) for one in own) for name, own in graphs.items()}
+
+
 def _line(
     setting: Setting,
     family: str,
-    parts: dict[str, torch_runs.Captured],
+    works: dict[str, tuple[GraphWork, ...]],
     times: dict[str, list[float]],
     ceilings: torch_runs.Ceilings,
 ) -> Line:
     own = [f"{family} {name}" for name in ("backbone", "head")]
     backbone, head = (np.array(times[name]) for name in own)
-    flops = sum(parts[name].flops for name in own)
-    floors_ms = [
-        1e3 * ceilings.floor_s(parts[name].weight_bytes, parts[name].flops) for name in own
-    ]
+    floors_ms = [1e3 * ceilings.floor_s(works[name]) for name in own]
+    work = total(observation(one for name in own for one in works[name]))
     return Line(
         setting=setting,
         family=family,
@@ -191,7 +198,8 @@ def _line(
         backbone_floor_ms=floors_ms[0],
         head_floor_ms=floors_ms[1],
         floor_ms=sum(floors_ms),
-        flops=flops,
+        flops=work.flops,
+        weight_bytes=work.weight_bytes,
     )
 
 

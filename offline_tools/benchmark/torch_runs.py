@@ -9,16 +9,16 @@ the same library's kernels, without launch gaps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 from transformers.initialization import no_init_weights
 
 from groot_int8_ros.errors import EngineError
+from offline_tools.cost.work import GraphWork, observation, total
 from offline_tools.export.deployed_stages import StageGraph
 from offline_tools.export.graph import GraphInput, GraphSpec
 from offline_tools.model.deployed.constants import fill_constants
@@ -41,9 +41,22 @@ class Ceilings:
     bytes_per_s: float
     flops_per_s: float
 
-    def floor_s(self, weight_bytes: int, flops: int) -> float:
-        """Return the time that reading each weight once and doing all sums takes at least."""
-        return max(weight_bytes / self.bytes_per_s, flops / self.flops_per_s)
+    def floor_s(self, graphs: Iterable[GraphWork]) -> float:
+        """Return the time below which one observation's work cannot be on this GPU.
+
+        All products at the measured peak, or all reads of weights at the measured bandwidth,
+        whichever is longer. A weight counts at every launch of every run that multiplies by it,
+        as in `groot-int8 cost`, and not once an observation: before a denoising step reads a
+        weight of the DiT again, it has read all others, more than 1.6 GB at the public sizes, and
+        no GPU's cache holds these (50 MB on an H100). Of a model that fits the cache it would be
+        no floor. Left out, which only lowers it: activations, biases, norms, embedding tables and
+        the embodiment's rows that the reference graphs gather.
+
+        Args:
+            graphs: What `count_stage` found in the graphs that are timed.
+        """
+        work = total(observation(graphs))
+        return max(work.weight_bytes / self.bytes_per_s, work.flops / self.flops_per_s)
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,14 +66,10 @@ class Captured:
     Attributes:
         graph: The CUDA graph of one observation's runs.
         owners: Modules and inputs: the graph reads their memory and does not keep it.
-        weight_bytes: Bytes of its parameters, each counted once however often it runs.
-        flops: Multiplications and additions of one observation.
     """
 
     graph: torch.cuda.CUDAGraph
     owners: Sequence[object]
-    weight_bytes: int
-    flops: int
 
 
 def require_gpu() -> torch.device:
@@ -105,14 +114,7 @@ def capture(graphs: Sequence[StageGraph], device: torch.device, *, compiled: boo
         made = [(make_module(graph.spec, device), graph) for graph in graphs]
     except torch.OutOfMemoryError as error:
         raise EngineError(f"the model does not fit this GPU: {error}") from error
-    weight_bytes = sum(_parameter_bytes(module) for module, _ in made)
     inputs = [make_inputs(graph.spec, device) for graph in graphs]
-    flops = 0
-    for (module, graph), given in zip(made, inputs, strict=True):
-        counter = FlopCounterMode(display=False)
-        with counter, torch.no_grad():
-            module(*given)
-        flops += counter.get_total_flops() * graph.runs
     modules = [
         (torch.compile(module, fullgraph=True) if compiled else module, graph.runs)
         for module, graph in made
@@ -134,7 +136,7 @@ def capture(graphs: Sequence[StageGraph], device: torch.device, *, compiled: boo
     recorded = torch.cuda.CUDAGraph()
     with torch.cuda.graph(recorded):
         run()
-    return Captured(recorded, (modules, inputs), weight_bytes, flops)
+    return Captured(recorded, (modules, inputs))
 
 
 def time_interleaved(
@@ -190,10 +192,6 @@ def _input(value: GraphInput, device: torch.device) -> Tensor:
     if value.dtype.is_floating_point:
         return torch.randn(shape, dtype=value.dtype, device=device)
     return torch.ones(shape, dtype=value.dtype, device=device)
-
-
-def _parameter_bytes(module: nn.Module) -> int:
-    return sum(one.numel() * one.element_size() for one in module.parameters())
 
 
 def _best_s(work: Callable[[], object]) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 import pytest
 
@@ -13,7 +12,10 @@ import torch
 
 from groot_int8_ros.errors import EngineError
 from offline_tools.benchmark import torch_command, torch_runs
-from offline_tools.benchmark.torch_command import Setting, graphs_of
+from offline_tools.benchmark.torch_command import Setting, count, graphs_of
+from offline_tools.cost.reference_work import reference_head
+from offline_tools.cost.work import GraphWork, Launch, observation, total
+from offline_tools.demo.random_checkpoint import SIZES
 
 SETTING = Setting(cameras=2, steps=2, horizon=16)
 
@@ -44,22 +46,66 @@ def test_each_part_stands_beside_the_floor_of_its_own_work(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # 4 GB at 2 TB/s are 2 ms, 1e9 operations at 1 TFLOP/s are 1 ms: a backbone bound by its
-    # memory; and a head bound by its arithmetic of 3 ms.
+    # memory; and a head bound by its arithmetic, 1 ms in each of three runs.
     ceilings = torch_runs.Ceilings(bytes_per_s=2e12, flops_per_s=1e12)
-    made = {"backbone": (4 * 10**9, 10**9), "head": (10**9, 3 * 10**9)}
-    never_replayed: Any = None
-    parts = {
-        f"deployed {name}": torch_runs.Captured(never_replayed, (), *work)
-        for name, work in made.items()
+    backbone = Launch("language MLP", 10**9, 4 * 10**9, 10**6, "a")
+    step = Launch("DiT MLP", 10**9, 10**8, 10**6, "b")
+    works = {
+        "deployed backbone": (GraphWork("backbone", 1, (backbone,), 10**9),),
+        "deployed head": (GraphWork("head", 3, (step,), 10**9),),
     }
     times = {"deployed backbone": [2.5, 2.5, 2.5], "deployed head": [4.0, 4.0, 4.0]}
-    line = torch_command._line(SETTING, "deployed", parts, times, ceilings)
+    line = torch_command._line(SETTING, "deployed", works, times, ceilings)
     floors = (line.backbone_floor_ms, line.head_floor_ms, line.floor_ms)
     assert floors == pytest.approx((2.0, 3.0, 5.0))
     assert set(asdict(line)) > {"backbone_floor_ms", "head_floor_ms", "floor_ms"}
     torch_command._print(line, line)
     cells = "| 2.50 (2.00) | 4.00 (3.00) | 6.50, 6.50 | 5.00 | 1.00 |"
     assert cells in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def full_works() -> dict[int, dict[str, tuple[GraphWork, ...]]]:
+    """Both families at true size with 1 and 4 steps."""
+    return {
+        steps: count(graphs_of("full", Setting(1, steps, 50), (256, 256), 32, "fp16"))
+        for steps in (1, 4)
+    }
+
+
+def test_floor_reads_what_the_graphs_multiply_by_in_every_step_and_nothing_else(
+    full_works: dict[int, dict[str, tuple[GraphWork, ...]]],
+) -> None:
+    # Peaks that leave the memory alone to bound every part.
+    ceilings = torch_runs.Ceilings(bytes_per_s=1e12, flops_per_s=1e30)
+    for steps, works in full_works.items():
+        found = round(ceilings.floor_s(works["reference head"]) * 1e12)
+        # From the configuration alone: the DiT's matrices once a step. The layers around it
+        # gather the embodiment's rows, which do not count.
+        around = ("state_encoder", "action_encoder", "action_decoder")
+        computed = observation(reference_head(SIZES["full"], 114, 50, steps))
+        dit = [launch for launch in computed if not launch.weight.startswith(around)]
+        assert found == total(dit).weight_bytes, steps
+    one, four = ({k: ceilings.floor_s(v) for k, v in full_works[n].items()} for n in (1, 4))
+    assert four["reference head"] == pytest.approx(4 * one["reference head"])
+    # Keys and values of the tokens are computed once an observation.
+    assert 3.5 < four["deployed head"] / one["deployed head"] < 4
+    for name in ("reference backbone", "deployed backbone"):
+        assert four[name] == one[name]
+
+
+def test_no_weight_of_true_size_is_still_in_the_cache_when_it_is_read_again(
+    full_works: dict[int, dict[str, tuple[GraphWork, ...]]],
+) -> None:
+    cache_bytes = 50 * 2**20  # an H100's L2
+    for name, graphs in full_works[4].items():
+        position, last = 0, dict[str, int]()
+        for launch in observation(graphs):
+            if launch.weight:
+                since = position - last.get(launch.weight, -cache_bytes - 1)
+                assert since > cache_bytes, f"{name}: {launch.weight}"
+                position += launch.weight_bytes
+                last[launch.weight] = position
 
 
 def test_without_a_gpu_the_command_says_what_to_use_instead() -> None:
