@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -172,7 +173,7 @@ def graphs_of(
     }
 
 
-def count(graphs: dict[str, tuple[StageGraph, ...]]) -> dict[str, tuple[GraphWork, ...]]:
+def count(graphs: Mapping[str, tuple[StageGraph, ...]]) -> dict[str, tuple[GraphWork, ...]]:
     """Count each part's work for one observation, as `groot-int8 cost` does; needs no GPU."""
     return {name: tuple(count_stage(one) for one in own) for name, own in graphs.items()}
 
@@ -180,7 +181,7 @@ def count(graphs: dict[str, tuple[StageGraph, ...]]) -> dict[str, tuple[GraphWor
 def _line(
     setting: Setting,
     family: str,
-    works: dict[str, tuple[GraphWork, ...]],
+    works: Mapping[str, tuple[GraphWork, ...]],
     times: dict[str, list[float]],
     ceilings: torch_runs.Ceilings,
 ) -> Line:

@@ -19,7 +19,7 @@ from offline_tools.cost import report
 from offline_tools.cost.devices import DEVICES, Device, find_device
 from offline_tools.cost.onnx_count import count_graph
 from offline_tools.cost.prediction import PublishedModel
-from offline_tools.cost.work import GraphWork, as_int8, observation, total
+from offline_tools.cost.work import GraphWork, as_int8, observation, total, with_row_maxima
 from offline_tools.engine.profiles import lengths_of
 
 if TYPE_CHECKING:
@@ -148,6 +148,7 @@ def _of_size(
         "reference, FP16": list(lines[0].graphs),
         "deployed, FP16": list(last.graphs),
         "deployed, INT8": quantised,
+        "deployed, INT8 row": [with_row_maxima(graph) for graph in quantised],
     }
     print()
     for line in report.prediction_table(model, columns, devices):

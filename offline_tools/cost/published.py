@@ -1,12 +1,13 @@
 """Published latencies as measurements that a roofline can be fitted to.
 
 Owns: reading `published_latencies.csv`, the work behind each of its times, and which pairs of its
-rows show what INT8 brings. Must not import torch.
+rows show what INT8 brings, or are of a network whose sizes are not known. Must not import torch.
 
 Every published N1.6 engine ran the graphs of the reference implementation, so the work is that of
 the reference graphs at the shapes that the source names or that `assumed` fills in. N1.7 is
-another network, whose sizes are not known here: its rows are carried, and used as INT8 pairs. A
-row that nothing predicts is carried with the reason.
+another network, whose sizes are not known here: its rows are used as INT8 pairs, and predicted
+with N1.6's sizes in their place, but never fitted. A row that nothing predicts is carried with
+the reason.
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ from offline_tools.cost.work import GraphWork, observation
 from offline_tools.model.configuration import ModelConfig
 
 FILE = Path(__file__).with_name("published_latencies.csv")
+
+# Precisions of engines without quantised layers.
+_FLOATS = frozenset({"bf16", "float"})
 
 TENSORRT, COMPILE, EAGER, GGML = "tensorrt", "compile", "eager", "ggml"
 
@@ -123,18 +127,21 @@ def points_of(rows: Iterable[Row]) -> dict[str, list[Point]]:
 
 
 def why_not_predicted(row: Row) -> str:
-    """Return the reason for a row that names no runtimes and is no INT8 engine of a pair."""
+    """Return the reason for a quantised row that is no INT8 engine of a pair."""
     if row.text("precision").startswith("w4"):
         return "no other engine shows what 4 bits save"
-    if row.text("model") != "N1.6":
-        return f"the sizes of {row.text('model')} are not known here"
     return "no float engine of the same source"
+
+
+def needs_stand_in(row: Row) -> bool:
+    """Whether a float engine's row is of a network whose sizes are not known here."""
+    unknown = not row.text("backbone_runtime") and not row.text("tokens")
+    return unknown and row.text("precision") in _FLOATS
 
 
 def int8_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
     """Return the rows that differ in INT8 alone: (float, INT8)."""
     known = list(rows)
-    floats = {"bf16", "float"}
     pairs = []
     for row in known:
         if row.text("precision") != "w8a8":
@@ -142,7 +149,7 @@ def int8_pairs(rows: Iterable[Row]) -> list[tuple[Row, Row]]:
         same = [
             other
             for other in known
-            if other.text("precision") in floats
+            if other.text("precision") in _FLOATS
             and other.text("engine").split(" + ")[0] == row.text("engine").split(" + ")[0]
             and all(
                 other.text(column) == row.text(column)

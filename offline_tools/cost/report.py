@@ -101,8 +101,17 @@ def model_text(model: PublishedModel) -> Iterator[str]:
     yield "whole inferences in TensorRT, with the time around the engines as published:"
     for label, was, fitted in model.totals():
         yield f"  {label:70}{was:>7.1f}   fitted {fitted:.1f} ({fitted / was - 1:+.0%})"
-    yield "INT8 engines, from the float engine beside them and what the other pairs saved:"
+    yield (
+        "INT8 engines, from the float engine beside them and what the other pairs saved "
+        "(N1.7: N1.6's sizes stand in):"
+    )
     for label, was, predicted in model.int8_left_out():
+        yield f"  {label:70}{was:>7.1f}{f'{predicted:.1f} ({predicted / was - 1:+.0%})':>16}"
+    yield (
+        "float engines of a network whose sizes are not known here (N1.6's stand in; neither "
+        "fitted nor left out):"
+    )
+    for label, was, predicted in model.stand_ins():
         yield f"  {label:70}{was:>7.1f}{f'{predicted:.1f} ({predicted / was - 1:+.0%})':>16}"
     yield "not predicted:"
     for row, reason in model.not_predicted():

@@ -163,8 +163,8 @@ def as_int8(graph: GraphWork, float_kinds: frozenset[str] = FLOAT_KINDS) -> Grap
     """Return what a half-precision graph costs with its layers in INT8.
 
     The weights and what these layers read take one byte instead of two; what they write stays as
-    it is. That is what `count_graph` finds in a quantised graph, which may have one thing more:
-    the row maxima of layers whose scales follow the input.
+    it is. That is what `count_graph` finds in a quantised graph with static scales; where the
+    scales follow the input, it finds `with_row_maxima`.
 
     Args:
         graph: A graph in FP16.
@@ -183,6 +183,26 @@ def as_int8(graph: GraphWork, float_kinds: frozenset[str] = FLOAT_KINDS) -> Grap
         for launch in graph.launches
     )
     return replace(graph, launches=launches)
+
+
+def with_row_maxima(graph: GraphWork) -> GraphWork:
+    """Return what an INT8 graph costs whose scales follow the input, as in `row` and `auto`.
+
+    Before each layer in INT8 a reduction reads the layer's input and writes one value for each
+    row, both in float32, as `count_graph` finds it. Layers that read the same tensor share its
+    maxima in a quantised graph; in the deployed graphs such layers are fused already.
+
+    Args:
+        graph: A result of `as_int8`.
+    """
+    launches: list[Launch] = []
+    for launch in graph.launches:
+        if launch.is_int8:
+            # A product with a weight of one byte an element has 2 * rows * bytes operations.
+            rows = launch.flops // (2 * launch.weight_bytes)
+            launches.append(Launch(REDUCTION, 0, 0, 4 * (launch.input_bytes + rows)))
+        launches.append(launch)
+    return replace(graph, launches=tuple(launches))
 
 
 def as_half(launches: Iterable[Launch]) -> list[Launch]:

@@ -9,7 +9,14 @@ import pytest
 from groot_int8_ros.errors import ConfigurationError
 from offline_tools.cost.devices import DEVICES, Device, find_device
 from offline_tools.cost.prediction import PublishedModel, after_int8
-from offline_tools.cost.published import GGML, TENSORRT, int8_pairs, points_of, read_rows
+from offline_tools.cost.published import (
+    GGML,
+    TENSORRT,
+    int8_pairs,
+    needs_stand_in,
+    points_of,
+    read_rows,
+)
 from offline_tools.cost.roofline import Efficiency, Fit, Point, factor, seconds, spread
 from offline_tools.cost.work import GraphWork, Launch, as_int8
 
@@ -108,11 +115,27 @@ def test_no_published_row_is_dropped_without_a_word() -> None:
     model = PublishedModel()
     named = [row for row in model.rows if row.text("backbone_runtime")]
     reasons = [reason for _, reason in model.not_predicted()]
-    assert reasons == [
-        *["no other engine shows what 4 bits save"] * 2,
-        *["the sizes of N1.7 are not known here"] * 5,
+    assert reasons == ["no other engine shows what 4 bits save"] * 2
+    others = len(model.int8_left_out()) + len(model.stand_ins()) + len(reasons)
+    assert len(named) + others == len(model.rows) == 31
+
+
+def test_engine_of_unknown_sizes_is_predicted_and_not_fitted() -> None:
+    model = PublishedModel()
+    found = model.stand_ins()
+    assert [was for _, was, _ in found] == [75.8, 84.9, 150.9, 80.4, 27.9]
+    one, two, full, thor, h100 = (predicted for _, _, predicted in found)
+    assert h100 < thor < one < two
+    # The same work on the same device; one source tells 9 ms around its engines.
+    assert full == pytest.approx(one + 9.0)
+    # A published time that is wrong changes neither its own prediction nor the fit.
+    rows = [
+        replace(row, values={**row.values, "total_ms": "1000"}) if needs_stand_in(row) else row
+        for row in model.rows
     ]
-    assert len(named) + len(model.int8_left_out()) + len(reasons) == len(model.rows) == 31
+    again = PublishedModel(rows)
+    assert again.efficiency == model.efficiency
+    assert [predicted for _, _, predicted in again.stand_ins()] == [x for _, _, x in found]
 
 
 def test_int8_engine_is_predicted_from_its_float_one_and_the_other_pairs() -> None:
