@@ -7,11 +7,11 @@ recorded here (`groot-int8 calibrate --complete`).
 
 With `with_chunks`, the node listens to a policy node's chunks and to `~/chunk_info` beside them,
 finds the very messages that each chunk was made from, and stores observation, noise (drawn again
-from seed and stamp) and chunk. Without, it assembles observations as the policy node does, at
-`inference_rate_hz`, and draws the noise from its own `seed`; there is no chunk then, unless
-`run_policy` makes the recorder run the bundle's policy itself (where no policy node does, as in
-teleoperation): its samples hold the chunk and all inputs of the large graphs, and nothing has to
-be completed.
+from seed and stamp), committed rows and chunk. Without, it assembles observations as the policy
+node does, at `inference_rate_hz`, and draws the noise from its own `seed`; there is no chunk then,
+unless `run_policy` makes the recorder run the bundle's policy itself (where no policy node does,
+as in teleoperation): its samples hold the chunk and all inputs of the large graphs, and nothing
+has to be completed.
 
 Configure reads the bundle's manifest and makes the store; activate records; deactivate writes
 what is held and stops; cleanup, shutdown, SIGINT and SIGTERM finish the store. Services

@@ -29,14 +29,17 @@ from rclpy.parameter import Parameter
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image, JointState
 from std_msgs.msg import String
+from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.calibration_recorder_node import CalibrationRecorderNode
 from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.control.commitment import Commitment
 from groot_int8_ros.errors import CaptureError
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.ros.executor_messages import commitment_message
 from groot_int8_ros.ros.joints import time_message
 from offline_tools.bags.episode_to_bag import BagOptions, convert_episode
 from offline_tools.calibration.bag_source import BagInputs, BagSource
@@ -74,6 +77,7 @@ class Robot(Listener):
         self._joints = node.create_publisher(JointState, "/joint_states", 5)
         self._instruction = node.create_publisher(String, "/instruction", 5)
         self._clock = node.create_publisher(Clock, "/clock", 5)
+        self._commitments = node.create_publisher(JointTrajectory, "/chunk_executor/committed", 5)
         self.published: dict[int, Observation] = {}
 
     def observe(self, stamp: int | None = None, instruction: str = "pick up the cube") -> int:
@@ -113,6 +117,18 @@ class Robot(Listener):
             message.header.stamp = time_message(stamp)
             publisher.publish(message)
         return stamp
+
+    def observe_committed(self) -> None:
+        """Publish one observation, and before it what an executor has committed itself to."""
+        joints = [j.name for group in self._policy.robot.action_joints.values() for j in group]
+        after_s = self._policy.time_from_start_s[:4]
+        now_ns = int(self.node.get_clock().now().nanoseconds)
+        due_ns = now_ns + np.round((after_s - after_s[0] - 0.5) * 1e9).astype(np.int64)
+        due_ns[-1] = now_ns + round(after_s[-1] * 1e9)
+        targets = self._random.uniform(-0.2, 0.2, (len(due_ns), len(joints)))
+        commitment = Commitment(now_ns, tuple(joints), due_ns, targets)
+        self._commitments.publish(commitment_message(commitment))
+        self.observe()
 
     @property
     def said(self) -> str:
@@ -181,7 +197,9 @@ def test_recorded_chunks_are_completed_to_what_the_policy_computes_bit_for_bit(
     robot.until(lambda: "no chunk of policy_node" in robot.said, "the recorder's complaint")
     start("policy_node")
     robot.until(
-        lambda: robot.count("recorder", "offered") >= 9, "nine paired chunks", robot.observe
+        lambda: robot.count("recorder", "offered") >= 9,
+        "nine paired chunks",
+        robot.observe_committed,
     )
     answer = robot.trigger("finish")
     assert answer.success, answer.message
@@ -203,8 +221,14 @@ def test_recorded_chunks_are_completed_to_what_the_policy_computes_bit_for_bit(
         np.testing.assert_array_equal(
             sample.noise, draw_noise(SEED, sample.stamp_ns, policy.noise_shape)
         )
+        # Rows that the policy was not given would give another chunk than it published.
         direct[sample.stamp_ns] = run_on(
-            policy, observation, sample.source, seed=SEED, keep_images=True
+            policy,
+            observation,
+            sample.source,
+            seed=SEED,
+            keep_images=True,
+            committed=sample.committed,
         )
         assert sample.chunk is not None
         wanted = direct[sample.stamp_ns].chunk
@@ -213,6 +237,7 @@ def test_recorded_chunks_are_completed_to_what_the_policy_computes_bit_for_bit(
             # The published trajectory is float64, so a float32 target comes back as it was.
             np.testing.assert_allclose(sample.chunk.actions[key], actions, rtol=1e-5, atol=1e-6)
 
+    assert any(sample.committed for sample in store.samples())
     # Both ways, from the robot's record and straight from the observation, give the same arrays.
     done = complete(policy, store, tmp_path / "full", keep_images=True, report=lambda _: None)
     assert done.completed == 6

@@ -4,8 +4,8 @@ Owns: `Feeds`, and how a sample becomes the inputs of each family's large graphs
 ROS, torch or an engine.
 
 The reference graphs' inputs are stored as they were. Of the deployed graphs a sample holds what
-changes: frames, noise and features; the instruction's prefix comes from the bundle's bank, and the
-state is normalised again. Calibration commits no action rows, so none are stored.
+changes: frames, noise and features, and committed rows where there were any; the instruction's
+prefix comes from the bundle's bank, and state and committed rows are normalised again.
 """
 
 from __future__ import annotations
@@ -92,12 +92,21 @@ def deployed_feeds(bundle: Bundle, graph: str) -> ToFeeds:
     """
     # Here, because it brings OpenCV and the tokenizer.
     from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
+    from groot_int8_ros.policy.graph_runs import CommittedRows
 
     graphs = DeployedGraphs(bundle, {})
 
     def feeds(sample: CaptureSample) -> Iterator[Feed]:
         try:
             inputs = graphs.preprocess(observation_of(sample))
+            rows = None
+            if sample.committed is not None:
+                rows = CommittedRows.encoded(
+                    bundle.processor,
+                    bundle.manifest.action_horizon,
+                    sample.committed,
+                    sample.state,
+                )
         except ObservationError as error:
             raise CaptureError(f"{sample.source}: {error}") from error
         if graph == "backbone":
@@ -105,7 +114,7 @@ def deployed_feeds(bundle: Bundle, graph: str) -> ToFeeds:
             return
         assert sample.features is not None
         assert sample.noise is not None
-        yield graphs.head_feeds(inputs, sample.features[None], sample.noise)
+        yield graphs.head_feeds(inputs, sample.features[None], sample.noise, rows)
 
     return feeds
 

@@ -21,7 +21,7 @@ from groot_int8_ros.capture.sample import (
 from groot_int8_ros.policy.engines import Tensors
 from groot_int8_ros.policy.families import DEPLOYED
 from groot_int8_ros.policy.policy import Policy, draw_noise
-from groot_int8_ros.policy.types import Float32Array, Observation
+from groot_int8_ros.policy.types import CommittedActions, Float32Array, Observation
 
 
 def run_on(
@@ -32,6 +32,7 @@ def run_on(
     seed: int | None,
     noise: Float32Array | None = None,
     keep_images: bool,
+    committed: CommittedActions | None = None,
 ) -> CaptureSample:
     """Run the policy once and return everything that its two large graphs were given.
 
@@ -42,9 +43,10 @@ def run_on(
         seed: Seed of the noise; with `noise` only noted.
         noise: Initial noise; None draws it from `seed` and the observation's stamp.
         keep_images: Whether the sample holds the frames although the graphs do not take them.
+        committed: Rows of the chunk that are given, or None.
 
     Raises:
-        ObservationError: The observation cannot be used.
+        ObservationError: The observation or the committed rows cannot be used.
         EngineError: A graph failed, or gave values that are not finite.
     """
     if noise is None:
@@ -57,7 +59,7 @@ def run_on(
         runs.setdefault(name, []).append(copies)
 
     with policy.observed(keep):
-        chunk = policy.infer(observation, noise=noise)
+        chunk = policy.infer(observation, noise=noise, committed=committed)
     deployed = policy.manifest.family == DEPLOYED
     sample = CaptureSample(
         instruction=observation.instruction,
@@ -69,6 +71,7 @@ def run_on(
         # The deployed graphs' own inputs are the frames.
         images=dict(observation.images) if keep_images or deployed else None,
         chunk=CapturedChunk(chunk.actions, chunk.action_pred),
+        committed=committed,
     )
     sample = with_graph_inputs(sample, policy.manifest.family, runs)
     small = runs["action_head" if deployed else "conditioner"]

@@ -1,9 +1,9 @@
 """One captured observation, with whatever of the policy's run on it is known.
 
 Owns: `CaptureSample`, its flat form (name to array) and the checks a sample has to pass. Must not
-import ROS or an engine. A recorder on a robot knows observation, noise and chunk; the tensors
-inside the policy are filled in where the policy runs graph by graph. Arrays have no batch axis;
-the store's feeds add it.
+import ROS or an engine. A recorder on a robot knows observation, noise, committed rows and chunk;
+the tensors inside the policy are filled in where the policy runs graph by graph. Arrays have no
+batch axis; the store's feeds add it.
 
 Which arrays feed the graphs depends on their family (`policy.families`). Reference graphs take
 token ids, pixel values and embeddings, which are stored. Deployed graphs take the frames, state
@@ -24,7 +24,13 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.errors import CaptureError
 from groot_int8_ros.policy.families import REFERENCE
-from groot_int8_ros.policy.types import BoolArray, Float32Array, Int64Array, UInt8Array
+from groot_int8_ros.policy.types import (
+    BoolArray,
+    CommittedActions,
+    Float32Array,
+    Int64Array,
+    UInt8Array,
+)
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -94,6 +100,7 @@ class CaptureSample:
         dit: Inputs of the diffusion transformer, or None.
         normalised_state: The network's state input, float32 (max_state_dim,), or None.
         features: What the deployed family's backbone gave, floating (live tokens, D), or None.
+        committed: Rows of the chunk that the policy was given, or None: it was free.
     """
 
     instruction: str
@@ -108,6 +115,7 @@ class CaptureSample:
     dit: DitInputs | None = None
     normalised_state: Float32Array | None = None
     features: NDArray[Any] | None = None
+    committed: CommittedActions | None = None
 
     def has(self, family: str, graph: str) -> bool:
         """Whether the inputs of a family's large graph are known."""
@@ -132,6 +140,10 @@ class CaptureSample:
                 arrays[f"actions/{key}"] = actions
             if self.chunk.action_pred is not None:
                 arrays["action_pred"] = self.chunk.action_pred
+        if self.committed is not None:
+            arrays["committed_rows"] = np.array(self.committed.rows, np.int64)
+            for key, actions in self.committed.actions.items():
+                arrays[f"committed/{key}"] = actions
         for group, inputs in (("backbone", self.backbone), ("dit", self.dit)):
             if inputs is not None:
                 arrays |= {f"{group}/{name}": value for name, value in vars(inputs).items()}
@@ -164,6 +176,11 @@ def sample_from_arrays(
 
     images, actions, backbone, dit = map(group, ("images", "actions", "backbone", "dit"))
     chunk = CapturedChunk(actions, arrays.get("action_pred"))
+    committed = None
+    if given := group("committed"):
+        committed = CommittedActions(arrays["committed_rows"].tolist(), given)
+    elif "committed_rows" in arrays:
+        raise KeyError("committed/")
     return CaptureSample(
         instruction=instruction,
         stamp_ns=stamp_ns,
@@ -177,6 +194,7 @@ def sample_from_arrays(
         dit=DitInputs(**{n: dit[n] for n in DIT_NAMES}) if dit else None,
         normalised_state=arrays.get("normalised_state"),
         features=arrays.get("features"),
+        committed=committed,
     )
 
 
@@ -189,6 +207,7 @@ _EXPECTED: Mapping[str, tuple[str, int]] = {
     "action_pred": ("f", 2),
     "normalised_state": ("f", 1),
     "features": ("f", 2),
+    "committed_rows": ("i", 1),
     "backbone/input_ids": ("i", 1),
     "backbone/attention_mask": ("i", 1),
     "backbone/pixel_values": ("f", 4),
@@ -198,7 +217,12 @@ _EXPECTED: Mapping[str, tuple[str, int]] = {
     "dit/sa_embs": ("f", 3),
     "dit/timestep": ("i", 1),
 }
-_EXPECTED_GROUPS = {"state": ("f", 1), "images": ("u", 3), "actions": ("f", 2)}
+_EXPECTED_GROUPS = {
+    "state": ("f", 1),
+    "images": ("u", 3),
+    "actions": ("f", 2),
+    "committed": ("f", 2),
+}
 
 
 def check_sample(sample: CaptureSample) -> None:
@@ -224,7 +248,8 @@ def check_sample(sample: CaptureSample) -> None:
                 "check it; any other array comes from a graph that overflows: run groot-int8 "
                 "verify on the bundle."
             )
-    for names in (("backbone/input_ids", "backbone/attention_mask"), _TOKENS, _STEPS):
+    committed = tuple(name for name in arrays if name.startswith("committed"))
+    for names in (("backbone/input_ids", "backbone/attention_mask"), _TOKENS, _STEPS, committed):
         lengths = {name: len(arrays[name]) for name in names if name in arrays}
         if len(set(lengths.values())) > 1:
             raise CaptureError(

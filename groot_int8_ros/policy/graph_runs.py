@@ -10,10 +10,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from numpy.typing import NDArray
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from groot_int8_ros.policy.engines import Engine, Tensors
-from groot_int8_ros.policy.types import BoolArray, Float32Array, Observation
+from groot_int8_ros.policy.postprocess import encode_actions
+from groot_int8_ros.policy.processor import Processor
+from groot_int8_ros.policy.types import (
+    BoolArray,
+    CommittedActions,
+    Float32Array,
+    Observation,
+)
 
 # Called with a graph's name and its inputs before each run.
 GraphObserver = Callable[[str, Tensors], None]
@@ -31,6 +39,34 @@ class CommittedRows:
 
     actions: Float32Array
     mask: BoolArray
+
+    @classmethod
+    def encoded(
+        cls,
+        processor: Processor,
+        horizon: int,
+        committed: CommittedActions,
+        state: Mapping[str, ArrayLike],
+    ) -> CommittedRows:
+        """Return committed actions as the network takes them.
+
+        Args:
+            processor: The embodiment's conventions.
+            horizon: Action tokens of the network, H.
+            committed: In physical units.
+            state: Raw state of the observation that is to be answered.
+
+        Raises:
+            ObservationError: They do not fit the policy.
+        """
+        actions = np.zeros((1, horizon, processor.max_action_dim), np.float32)
+        mask = np.zeros((1, horizon), np.bool_)
+        # Before the rows are used as places: it refuses those that are none.
+        encoded = encode_actions(processor, committed, state)
+        rows = list(committed.rows)
+        actions[0, rows] = encoded
+        mask[0, rows] = True
+        return cls(actions, mask)
 
 
 Inputs = TypeVar("Inputs")

@@ -23,7 +23,7 @@ from groot_int8_ros.policy.engines import Engine, load_engine
 from groot_int8_ros.policy.engines.engine_report import refuse_failed_engines
 from groot_int8_ros.policy.families import DEPLOYED
 from groot_int8_ros.policy.graph_runs import CommittedRows, GraphObserver
-from groot_int8_ros.policy.postprocess import decode_actions, encode_actions
+from groot_int8_ros.policy.postprocess import decode_actions
 from groot_int8_ros.policy.processor import Processor
 from groot_int8_ros.policy.prompt_bank import PromptPrefix
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
@@ -289,7 +289,11 @@ class Policy:
             noise, used_seed = self._noise(observation, noise, seed)
             with _timed(timings, "preprocess"):
                 inputs: Any = self.graphs.preprocess(observation)
-                rows = None if committed is None else self.committed_rows(committed, observation)
+                rows = None
+                if committed is not None:
+                    rows = CommittedRows.encoded(
+                        self.processor, self.noise_shape[0], committed, observation.state
+                    )
             with _timed(timings, "backbone"):
                 features: Any = self.graphs.features(inputs)
             with _timed(timings, "action_head"):
@@ -305,27 +309,6 @@ class Policy:
             timings_s=timings,
             committed=committed,
         )
-
-    def committed_rows(
-        self, committed: CommittedActions, observation: Observation
-    ) -> CommittedRows:
-        """Return committed actions as the graphs take them.
-
-        Args:
-            committed: In physical units.
-            observation: The observation that is to be answered.
-
-        Raises:
-            ObservationError: They do not fit the policy.
-        """
-        horizon, width = self.noise_shape
-        actions = np.zeros((1, horizon, width), np.float32)
-        mask = np.zeros((1, horizon), np.bool_)
-        rows = list(committed.rows)
-        encoded = encode_actions(self.processor, committed, observation.state)
-        actions[0, rows] = encoded
-        mask[0, rows] = True
-        return CommittedRows(actions, mask)
 
     def close(self) -> None:
         """Free the engines; the policy cannot be used afterwards."""

@@ -97,10 +97,32 @@ class CommittedActions:
         return {"rows": [int(row) for row in self.rows], "actions": actions}
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> CommittedActions:
-        """Return what `to_dict` gave."""
-        actions = {key: np.array(rows, np.float32) for key, rows in content["actions"].items()}
-        return cls(content["rows"], actions)
+    def from_dict(cls, content: Any) -> CommittedActions:
+        """Return what `to_dict` gave.
+
+        Raises:
+            ValueError: The content is not of that form. Whether it fits a policy is checked where
+                that is known (`postprocess.encode_actions`).
+        """
+        if not isinstance(content, Mapping) or set(content) != {"rows", "actions"}:
+            raise ValueError("committed rows must be an object of rows and actions alone")
+        rows, actions = content["rows"], content["actions"]
+        if not isinstance(rows, list) or not all(type(row) is int for row in rows):
+            raise ValueError("the numbers of the committed rows must be a list of whole numbers")
+        if not isinstance(actions, Mapping):
+            raise ValueError("the committed actions must be an object, key by key")
+        return cls(rows, {key: _matrix(key, values) for key, values in actions.items()})
+
+
+def _matrix(key: str, values: object) -> Float32Array:
+    try:
+        array = np.array(values)
+    except ValueError:
+        array = np.array(None)
+    if array.dtype.kind not in "if" or array.ndim != 2:
+        raise ValueError(f"the committed actions of '{key}' must be rows of as many numbers each")
+    with np.errstate(over="ignore"):
+        return array.astype(np.float32)
 
 
 @dataclass(frozen=True)

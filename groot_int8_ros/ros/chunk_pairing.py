@@ -37,12 +37,15 @@ class Paired:
         chunk: The `trajectory_msgs/JointTrajectory`.
         seed: Of the noise.
         instruction: As the policy was given it.
+        committed: What the policy node wrote of the rows that it was given, unchecked; None where
+            there were none.
     """
 
     snapshot: Snapshot
     chunk: Any
     seed: int
     instruction: str
+    committed: Any = None
 
 
 class ChunkPairing:
@@ -149,7 +152,11 @@ class ChunkPairing:
             if all(place in self._messages for place in places.values()):
                 samples = {name: self._messages[place] for name, place in places.items()}
                 return Paired(
-                    Snapshot(samples, stamp, epoch=0), chunk, info["seed"], info["instruction"]
+                    Snapshot(samples, stamp, epoch=0),
+                    chunk,
+                    info["seed"],
+                    info["instruction"],
+                    info["committed"],
                 )
             if now_s - arrival_s < PATIENCE_S:
                 self._waiting.append((arrival_s, stamp, chunk, info))
@@ -165,6 +172,8 @@ class ChunkPairing:
                 isinstance(number, int) for number in numbers
             ):
                 return "the chunk info's entries are not of the types that a policy node writes"
+            if "committed" not in info:
+                return "the chunk info does not say whether rows of its chunk were committed"
         except (KeyError, TypeError, AttributeError) as error:
             return f"the chunk info is not that of a policy node: {error!r}"
         if set(stamps) != self._names:

@@ -22,8 +22,9 @@ from groot_int8_ros.capture.selection import Selector, candidate
 from groot_int8_ros.capture.store import CaptureWriter
 from groot_int8_ros.errors import CaptureError, GrootError, ObservationError
 from groot_int8_ros.policy.policy import draw_noise
+from groot_int8_ros.policy.postprocess import encode_actions
 from groot_int8_ros.policy.processor import Processor
-from groot_int8_ros.policy.types import Float32Array, Observation
+from groot_int8_ros.policy.types import CommittedActions, Float32Array, Observation
 from groot_int8_ros.ros.chunk_pairing import Paired
 from groot_int8_ros.ros.inference_worker import Logger
 from groot_int8_ros.ros.observation_buffer import Snapshot
@@ -63,7 +64,7 @@ class RecordingReport:
     Attributes:
         kept: Samples in the store, those in memory included.
         offered: Observations that could have been kept.
-        unusable: Observations that could not.
+        unusable: Observations that could not, or whose committed rows could not.
         fault: Why the newest unusable one was, or nothing.
         paused: Whether recording is paused.
         finished: Whether the store is finished.
@@ -193,6 +194,7 @@ class Recording:
         convert.check_instruction(one.instruction)
         state = convert.read_state(snapshot)
         features = Observation({}, state, one.instruction, stamp_ns)
+        committed = _committed(convert.processor, one.committed, state)
         decision = self._selector.offer(candidate(convert.processor, features))
         if decision.ticket is None:
             return
@@ -200,7 +202,7 @@ class Recording:
             self._writer.discard(self._numbers.pop(decision.evicted))
         try:
             # Only what is kept pays for the conversion of its images.
-            number = self._writer.hold(self._sample(one))
+            number = self._writer.hold(self._sample(one, committed))
         except (ObservationError, CaptureError) as error:
             self._selector.withdraw(decision.ticket)
             raise ObservationError(str(error)) from error
@@ -208,7 +210,7 @@ class Recording:
         if self._writer.is_full:
             self._writer.flush(self._selector.offered)
 
-    def _sample(self, one: Paired) -> CaptureSample:
+    def _sample(self, one: Paired, committed: CommittedActions | None) -> CaptureSample:
         convert = self._conversions
         observation = convert.read(one.snapshot, one.instruction)
         source = f"live {observation.stamp_ns}"
@@ -223,7 +225,33 @@ class Recording:
             seed=one.seed,
             images=observation.images,
             chunk=None if one.chunk is None else CapturedChunk(convert.read_chunk(one.chunk)),
+            committed=committed,
         )
+
+
+def _committed(
+    processor: Processor, content: Any, state: Mapping[str, Float32Array]
+) -> CommittedActions | None:
+    """Return the committed rows that a policy node named beside its chunk.
+
+    Raises:
+        ObservationError: They are not such rows, or do not fit the bundle.
+    """
+    if content is None:
+        return None
+    try:
+        committed = CommittedActions.from_dict(content)
+        # As the completion will: what it would refuse must not take a place in the store.
+        encode_actions(processor, committed, state)
+    except (ValueError, OverflowError, ObservationError) as error:
+        raise ObservationError(f"`committed` of the chunk info cannot be used: {error}") from error
+    keys = {key.key for key in processor.action_keys}
+    if not committed.rows or committed.actions.keys() != keys:
+        raise ObservationError(
+            "`committed` of the chunk info cannot be used: it must have at least one row, and the "
+            f"action keys {', '.join(sorted(keys))} alone"
+        )
+    return committed
 
 
 class RecordingWorker:

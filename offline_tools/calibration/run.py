@@ -196,9 +196,9 @@ def complete(
 ) -> Completion:
     """Compute, with the float policy, what a live recorder could not see inside the engines.
 
-    Observation and noise are all that the policy depends on, so the tensors are those that this
-    policy would have given on the robot, to the bit; the policy's graphs may even be of the other
-    family. The chunk is computed again too; how far the
+    Observation, noise and committed rows are all that the policy depends on, so the tensors are
+    those that this policy would have given on the robot, to the bit; the policy's graphs may even
+    be of the other family. The chunk is computed again too; how far the
     recorded one lies from it is reported, not judged: the robot may have run other engines.
 
     Args:
@@ -255,6 +255,7 @@ def _completed(
             seed=sample.seed,
             noise=sample.noise,
             keep_images=keep_images,
+            committed=sample.committed,
         )
     except ObservationError as error:
         raise CaptureError(

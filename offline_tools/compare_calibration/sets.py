@@ -191,4 +191,5 @@ def _relit(policy: Policy, sample: CaptureSample, stops: float) -> CaptureSample
         seed=sample.seed,
         noise=sample.noise,
         keep_images=True,
+        committed=sample.committed,
     )

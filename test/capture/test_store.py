@@ -17,10 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from groot_int8_ros.capture.sample import CaptureSample
+from groot_int8_ros.capture.sample import CaptureSample, sample_from_arrays
 from groot_int8_ros.capture.store import INDEX_FILE, CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.types import CommittedActions
 
 MakeSample = Callable[..., CaptureSample]
 
@@ -55,6 +56,39 @@ def test_samples_come_back_bit_for_bit_and_as_often_as_asked(
     for _ in range(2):
         for one, wanted in zip(store.samples(), [*samples, bare], strict=True):
             assert_same(one, wanted)
+
+
+def test_committed_rows_come_back_and_without_them_the_store_is_as_it_was(
+    tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
+) -> None:
+    free = make_sample(0)
+    actions = {"arm": np.array([[0.1, 0.2, 0.3], [1e-45, -0.0, 3.0]], np.float32)}
+    given = replace(free, committed=CommittedActions([2, 0], actions))
+    assert given.sha256() != free.sha256()
+    # Stores that were written before there were such arrays are those of free samples alone.
+    assert not [name for name in free.arrays() if name.startswith("committed")]
+    store = write(tmp_path / "store", meta, [free, given])
+    first, second = store.samples()
+    assert first.committed is None
+    assert second.committed is not None
+    assert list(second.committed.rows) == [2, 0]
+    assert_same(second, given)
+    content = json.loads((tmp_path / "store" / INDEX_FILE).read_text())
+    assert content["schema_version"] == 2
+
+
+def test_committed_rows_that_lack_a_part_are_refused(
+    tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
+) -> None:
+    sample = make_sample(0)
+    writer = CaptureWriter(tmp_path / "store", meta)
+    short = CommittedActions([0, 1], {"arm": np.zeros((1, 3), np.float32)})
+    with pytest.raises(CaptureError, match=r"differ in length: .*committed/arm': 1"):
+        writer.add(replace(sample, committed=short))
+    arrays = replace(sample, committed=CommittedActions([0], short.actions)).arrays()
+    for name in ("committed_rows", "committed/arm"):
+        with pytest.raises(KeyError, match="committed"):
+            sample_from_arrays("a", 0, "b", None, {n: a for n, a in arrays.items() if n != name})
 
 
 def test_feeds_have_the_graphs_names_and_a_batch_axis_and_start_again_each_time(

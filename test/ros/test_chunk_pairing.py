@@ -26,6 +26,7 @@ def info(stamp: int, joints: int, **changes: object) -> dict[str, object]:
         "stamp_ns": stamp,
         "seed": 7,
         "instruction": "pick",
+        "committed": None,
         "streams": {"camera a": {"stamp_ns": stamp}, "joint_state": {"stamp_ns": joints}},
     }
     return content | changes
@@ -53,7 +54,14 @@ def test_chunk_gets_the_messages_of_its_stamps_and_not_the_newest(pairing: Chunk
     assert found.snapshot.stamp_ns == 200
     labels = {name: sample.message.label for name, sample in found.snapshot.samples.items()}
     assert labels == {"camera a": "frame 200", "joint_state": "joints 195"}
+    assert found.committed is None
     assert pairing.next(0.0) is None, "a chunk was paired twice"
+    rows = {"rows": [0], "actions": {"arm": [[0.5]]}}
+    pairing.on_chunk(300, "next chunk")
+    pairing.on_info(info(300, 295, committed=rows))
+    found = pairing.next(0.0)
+    assert found is not None
+    assert found.committed == rows
 
 
 def test_info_before_its_chunk_and_frames_after_both_are_waited_for(
@@ -123,6 +131,10 @@ def test_nothing_from_before_a_time_jump_is_paired_after_it(pairing: ChunkPairin
         ("not json", "not that of a policy node"),
         ({"stamp_ns": 1}, "not that of a policy node"),
         (info(1, 1, seed="x"), "not of the types"),
+        (
+            {name: value for name, value in info(1, 1).items() if name != "committed"},
+            "does not say whether rows of its chunk were committed",
+        ),
         (info(1, 1, streams={"camera b": {"stamp_ns": 1}}), "camera b.*runs another bundle"),
     ],
 )

@@ -72,10 +72,11 @@ class Bench:
         if not instruction:
             raise ObservationError("the instruction '' is empty")
 
-    def offer(self, number: int, instruction: str = "pick", chunk: Any = None) -> None:
-        self.recording.offer(
-            Paired(Snapshot({}, number * SECOND, 0), chunk, seed=3, instruction=instruction)
-        )
+    def offer(
+        self, number: int, instruction: str = "pick", chunk: Any = None, committed: Any = None
+    ) -> None:
+        snapshot = Snapshot({}, number * SECOND, 0)
+        self.recording.offer(Paired(snapshot, chunk, 3, instruction, committed))
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +142,74 @@ def test_unusable_observation_is_named(bench: Bench) -> None:
     bench.offer(3, chunk={"single_arm": np.full((2, 5), np.nan, np.float32)})
     assert "actions/single_arm holds NaN" in bench.recording.report().fault
     assert bench.recording.report().kept == 0
+
+
+def committed(**changes: Any) -> dict[str, Any]:
+    """What a policy node writes of two committed rows, of JSON's types."""
+    content = {"rows": [0, 1], "actions": {"single_arm": [[0.1] * 5] * 2, "gripper": [[0.2]] * 2}}
+    return {name: value for name, value in (content | changes).items() if value is not ...}
+
+
+def gripper(*rows: Any) -> dict[str, Any]:
+    actions: dict[str, Any] = committed()["actions"]
+    return actions | {"gripper": list(rows)}
+
+
+def test_committed_rows_are_stored_to_the_bit(bench: Bench, tmp_path: Path) -> None:
+    exact = [[float(np.float32(0.1))], [-0.0]]
+    bench.offer(1, committed=committed(rows=[3, 1], actions=gripper(*exact)))
+    bench.offer(2)
+    assert bench.recording.report().fault == ""
+    bench.recording.finish()
+    given, free = sorted(
+        CaptureStore.open(tmp_path / "store").samples(), key=lambda sample: sample.stamp_ns
+    )
+    assert free.committed is None
+    assert given.committed is not None
+    assert list(given.committed.rows) == [3, 1]
+    assert given.committed.actions["gripper"].tobytes() == np.array(exact, np.float32).tobytes()
+    assert given.committed.actions["single_arm"].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "null",
+        7,
+        [],
+        {},
+        committed(rows=...),
+        committed(mask=[True]),
+        committed(rows=[]),
+        committed(rows=[], actions={}),
+        committed(rows=[0, 0]),
+        committed(rows=[0, 99]),
+        committed(rows=[-1, 0]),
+        committed(rows=[0, 10**30]),
+        committed(rows=[0.0, 1.0]),
+        committed(rows=[False, True]),
+        committed(rows="01"),
+        committed(actions=[[0.1]]),
+        committed(actions={"gripper": [[0.2]] * 2}),
+        committed(actions=gripper([0.2], [0.2]) | {"tail": [[0.0]] * 2}),
+        committed(actions=gripper([0.2])),
+        committed(actions=gripper([0.2], [0.2, 0.3])),
+        committed(actions=gripper(["0.2"], ["0.2"])),
+        committed(actions=gripper([None], [0.2])),
+        committed(actions=gripper([float("nan")], [0.2])),
+        committed(actions=gripper([1e300], [0.2])),
+        committed(actions=gripper([10**400], [0.2])),
+    ],
+)
+def test_chunk_with_committed_rows_that_cannot_be_is_dropped_and_counted(
+    bench: Bench, content: Any
+) -> None:
+    bench.offer(1, committed=content)
+    report = bench.recording.report()
+    assert (report.kept, report.unusable, report.failure) == (0, 1, "")
+    assert report.fault.startswith("`committed` of the chunk info cannot be used: ")
+    bench.offer(2, committed=committed())
+    assert bench.recording.report().kept == 1
 
 
 def test_nothing_is_recorded_while_paused_or_after_the_end(bench: Bench, tmp_path: Path) -> None:

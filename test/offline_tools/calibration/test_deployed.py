@@ -16,8 +16,10 @@ from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import CaptureError
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.policy import Policy
-from groot_int8_ros.policy.types import Observation
+from groot_int8_ros.policy.postprocess import decode_actions
+from groot_int8_ros.policy.types import CommittedActions, Observation
 from offline_tools.calibration.run import complete
 from offline_tools.compare_quantization.samples import generated_observations
 
@@ -97,6 +99,66 @@ def test_what_a_recorder_stored_is_completed_for_either_family(
     else:
         assert done.store.content_sha256 == store.content_sha256
         assert set(done.largest_difference.values()) == {0.0}
+
+
+@pytest.mark.parametrize("family", ["reference", "deployed"])
+def test_committed_rows_are_given_again_where_a_chunk_is_completed(
+    request: pytest.FixtureRequest,
+    small_deployed: Path,
+    observations: list[Observation],
+    tmp_path: Path,
+    family: str,
+) -> None:
+    folder = small_deployed
+    if family == "reference":
+        folder = request.getfixturevalue("tiny_bundle")
+    policy = Policy.load(folder, threads=1)
+    observation, rows = observations[0], [0, 1, 3]
+    # Inside of what the keys can express, where these policies' own answers are not.
+    inside = np.full(policy.noise_shape, 0.25, np.float32)
+    actions = decode_actions(policy.processor, inside, observation.state)
+    committed = CommittedActions(rows, {key: value[rows] for key, value in actions.items()})
+    large = LARGE_GRAPHS[family]
+    given: dict[str, list[dict[str, Any]]] = {name: [] for name in large}
+
+    def keep(name: str, feeds: Any) -> None:
+        if name in large:
+            given[name].append({tensor: array.copy() for tensor, array in feeds.items()})
+
+    with policy.observed(keep):
+        policy.infer(observation, seed=3, committed=committed)
+    direct = run_on(policy, observation, "frame 0", seed=3, keep_images=True, committed=committed)
+    for name, known in (("with", committed), ("without", None)):
+        live = replace(
+            direct, committed=known, backbone=None, dit=None, normalised_state=None, features=None
+        )
+        with CaptureWriter(
+            tmp_path / name, CaptureMeta.of_bundle(policy.manifest, "live")
+        ) as writer:
+            writer.add(live)
+        done = complete(
+            policy,
+            CaptureStore.open(tmp_path / name),
+            tmp_path / f"{name}-full",
+            keep_images=True,
+            report=lambda _: None,
+        )
+        same = [
+            all(np.array_equal(one[tensor], other[tensor]) for tensor in other)
+            for graph, runs in given.items()
+            for one, other in zip(done.store.feeds(graph, open_bundle(folder)), runs, strict=True)
+        ]
+        if known:
+            assert next(done.store.samples()).sha256() == direct.sha256()
+            assert all(same)
+            assert set(done.largest_difference.values()) == {0.0}
+        else:
+            # The control: what was not stored is missed.
+            # The backbone knows nothing of committed rows, and a step at t = 0 sees noise alone.
+            assert same[0]
+            assert not same[-1]
+            assert min(done.largest_difference.values()) > 1e-3
+    policy.close()
 
 
 def test_samples_of_the_other_family_are_refused_with_the_way_out(
