@@ -14,7 +14,7 @@ from pathlib import Path
 from groot_int8_ros.errors import EngineError, GrootError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines import ENGINE_KINDS
-from groot_int8_ros.policy.engines.cuda import Cuda, Device, available_host_bytes
+from groot_int8_ros.policy.engines.cuda import Cuda, available_host_bytes
 from groot_int8_ros.policy.engines.engine_report import (
     EnginesHere,
     advice,
@@ -25,11 +25,7 @@ from groot_int8_ros.policy.engines.engine_report import (
 from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_SUFFIX,
-    EngineManifest,
     check_engine_fits,
-    engine_folder,
-    read_engine_manifest,
-    rebuild_command,
 )
 from offline_tools.bags.dds import RANGE_VARIABLE, TRANSPORTS_VARIABLE
 from offline_tools.doctor.findings import Finding, Level
@@ -140,17 +136,24 @@ def examine_engine(
     try:
         trt, cuda = import_tensorrt(), Cuda()
         device = cuda.device()
-        manifests = [
-            _fitting(bundle, name, str(trt.__version__), device, verify_hashes)
-            for name in bundle.manifest.engine_graphs
-        ]
+        here = engines_here(bundle)
+        for name, manifest in here.manifests.items():
+            check_engine_fits(
+                manifest,
+                here.folder / (bundle.graph_path(name).stem + ENGINE_SUFFIX),
+                bundle.folder,
+                library_version=str(trt.__version__),
+                device=device,
+                recorded_sha256={file: sha for file, (sha, _) in bundle.manifest.files.items()},
+                verify_hash=verify_hashes,
+            )
     except EngineError as error:
         return [Finding(Level.FAULT, "engine", str(error))]
-    needed = sum(one.engine_bytes + one.device_memory_bytes for one in manifests)
-    what = f"TensorRT {trt.__version__}, {device.describe()}: {len(manifests)} engines fit"
+    needed = sum(one.engine_bytes + one.device_memory_bytes for one in here.manifests.values())
+    what = f"TensorRT {trt.__version__}, {device.describe()}: {len(here.manifests)} engines fit"
     return [
         Finding(Level.OK, "engine", what),
-        examine_answers(bundle.folder, engines_here(bundle)),
+        examine_answers(bundle.folder, here),
         _memory(needed, "weights and activations", is_loaded, cuda.free_bytes()),
     ]
 
@@ -190,29 +193,6 @@ def _onnxruntime() -> Finding:
             "pip install onnxruntime, or set the parameter 'engine' to tensorrt",
         )
     return Finding(Level.OK, "engine", f"ONNX Runtime {onnxruntime.__version__}, on the CPU")
-
-
-def _fitting(
-    bundle: Bundle, name: str, version: str, device: Device, verify_hashes: bool
-) -> EngineManifest:
-    graph = bundle.graph_path(name)
-    path = engine_folder(bundle.folder, version, device) / (graph.stem + ENGINE_SUFFIX)
-    if not path.is_file():
-        raise EngineError(
-            f"{path} does not exist: no engine was built for TensorRT {version} on "
-            f"{device.describe()}. Build it here: {rebuild_command(bundle.folder)}"
-        )
-    manifest = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
-    check_engine_fits(
-        manifest,
-        path,
-        bundle.folder,
-        library_version=version,
-        device=device,
-        recorded_sha256={file: sha for file, (sha, _) in bundle.manifest.files.items()},
-        verify_hash=verify_hashes,
-    )
-    return manifest
 
 
 def _graph_bytes(bundle: Bundle) -> int:

@@ -19,6 +19,7 @@ from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     ENGINE_SUFFIX,
+    EngineManifest,
     engine_folder,
     read_engine_manifest,
     rebuild_command,
@@ -38,14 +39,24 @@ class EnginesHere:
     Attributes:
         folder: Where they lie.
         device: TensorRT and device, for a person.
-        hashes: Hash of each, by graph.
-        build_options: Options that they were built with, for `groot-int8 build`.
+        manifests: What stands beside each, by graph.
     """
 
     folder: Path
     device: str
-    hashes: Mapping[str, str]
-    build_options: tuple[str, ...]
+    manifests: Mapping[str, EngineManifest]
+
+    @property
+    def hashes(self) -> dict[str, str]:
+        """Hash of each engine, by graph."""
+        return {name: manifest.engine_sha256 for name, manifest in self.manifests.items()}
+
+    @property
+    def build_options(self) -> tuple[str, ...]:
+        """Options that they were built with, for `groot-int8 build`."""
+        options = next(iter(self.manifests.values())).build_options
+        # Each names its own graph first; all are to be built again.
+        return options[2:] if options[:1] == ("--graph",) else options
 
 
 @dataclass(frozen=True)
@@ -128,14 +139,7 @@ def engines_here(bundle: Bundle) -> EnginesHere:
                 f"{device.describe()}. Build it here: {rebuild_command(bundle.folder)}"
             )
         manifests[name] = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
-    options = next(iter(manifests.values())).build_options
-    return EnginesHere(
-        folder=folder,
-        device=f"TensorRT {version}, {device.describe()}",
-        hashes={name: manifest.engine_sha256 for name, manifest in manifests.items()},
-        # Each names its own graph first; all are to be built again.
-        build_options=options[2:] if options[:1] == ("--graph",) else options,
-    )
+    return EnginesHere(folder, f"TensorRT {version}, {device.describe()}", manifests)
 
 
 def advice(bundle: Path, build_options: tuple[str, ...]) -> str:

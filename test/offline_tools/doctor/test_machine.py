@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,13 @@ _HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
 def test_engines_that_were_not_compared_with_their_graphs_or_are_wrong_are_named(
     tmp_path: Path, compared: dict[str, Any] | None, level: Level, says: str
 ) -> None:
-    here = EnginesHere(tmp_path / "engines" / "10.3.0-orin-sm87", "a GPU", _HASHES, ("--exact",))
+    manifests: Any = {
+        name: types.SimpleNamespace(
+            engine_sha256=sha256, build_options=("--graph", name, "--exact")
+        )
+        for name, sha256 in _HASHES.items()
+    }
+    here = EnginesHere(tmp_path / "engines" / "10.3.0-orin-sm87", "a GPU", manifests)
     if compared is not None:
         right = EngineReport(
             engines=_HASHES,

@@ -42,8 +42,32 @@ HASHES = {"backbone": "a" * 64, "action_head": "b" * 64}
 DEVICE = Device("Orin", "8.7", 8, 16 << 30, integrated=True)
 
 
+def _manifest(name: str, sha256: str, option: str) -> EngineManifest:
+    return EngineManifest(
+        graph=f"onnx/{name}.onnx",
+        graph_sha256={f"onnx/{name}.onnx": "0" * 64},
+        engine_sha256=sha256,
+        engine_bytes=6,
+        device_memory_bytes=0,
+        precision="fp16",
+        quantization="none",
+        layer_precision={},
+        calibration={},
+        library="tensorrt",
+        library_version="10.3.0",
+        device=DEVICE,
+        inputs={},
+        outputs={},
+        build_options=("--graph", name, option),
+        build_flags=(),
+        seconds=1.0,
+        peak_memory_bytes=1,
+    )
+
+
 def _here(bundle: Path) -> EnginesHere:
-    return EnginesHere(bundle / "engines" / "10.3.0-orin-sm87", "a stand-in", HASHES, ("--exact",))
+    manifests = {name: _manifest(name, sha256, "--exact") for name, sha256 in HASHES.items()}
+    return EnginesHere(bundle / "engines" / "10.3.0-orin-sm87", "a stand-in", manifests)
 
 
 @pytest.fixture
@@ -252,26 +276,7 @@ def test_the_engines_of_the_device_that_is_here_are_found_and_a_missing_one_is_n
     for name, sha256 in HASHES.items():
         with pytest.raises(EngineError, match=f"{name}.engine does not exist"):
             engines_here(bundle)
-        manifest = EngineManifest(
-            graph=f"onnx/{name}.onnx",
-            graph_sha256={f"onnx/{name}.onnx": "0" * 64},
-            engine_sha256=sha256,
-            engine_bytes=6,
-            device_memory_bytes=0,
-            precision="fp16",
-            quantization="none",
-            layer_precision={},
-            calibration={},
-            library="tensorrt",
-            library_version="10.3.0",
-            device=DEVICE,
-            inputs={},
-            outputs={},
-            build_options=("--graph", name, "--low-memory"),
-            build_flags=(),
-            seconds=1.0,
-            peak_memory_bytes=1,
-        )
+        manifest = _manifest(name, sha256, "--low-memory")
         (folder / f"{name}.engine").write_bytes(b"engine")
         (folder / f"{name}.json").write_text(manifest.to_json())
     here = engines_here(bundle)
