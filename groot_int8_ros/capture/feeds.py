@@ -100,7 +100,7 @@ def deployed_feeds(bundle: Bundle, graph: str) -> ToFeeds:
         try:
             inputs = graphs.preprocess(observation_of(sample))
             rows = None
-            if sample.committed is not None:
+            if sample.committed is not None and graph != "backbone":
                 rows = CommittedRows.encoded(
                     bundle.processor,
                     bundle.manifest.action_horizon,

@@ -140,12 +140,12 @@ def _measure(
     ceilings: torch_runs.Ceilings,
 ) -> list[Line]:
     graphs = graphs_of(args.size, setting, args.camera_size, args.prefix_tokens, args.precision)
+    works = count(graphs)
     parts = {
         name: torch_runs.capture(own, device, compiled=args.compile)
         for name, own in graphs.items()
     }
     times = torch_runs.time_interleaved(parts, rounds=args.rounds, warmup=args.warmup)
-    works = count(graphs)
     return [_line(setting, family, works, times, ceilings) for family in ("reference", "deployed")]
 
 

@@ -431,8 +431,8 @@ def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
         )
     feeds = store.feeds(job.name, open_bundle(job.bundle, verify_hashes=False))
     batches = describe_batches(job.record.inputs, lambda: feeds, str(store.folder))
-    if batches.count < ADVISED_SET:
-        print(f"{job.name}: {batches.count} samples calibrate; {ADVISED_SET} or more are advised")
+    if len(store) < ADVISED_SET:
+        print(f"{job.name}: {len(store)} samples calibrate; {ADVISED_SET} or more are advised")
     return Calibration(batches, None), store.content_sha256
 
 

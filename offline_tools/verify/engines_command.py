@@ -82,6 +82,12 @@ def run(args: argparse.Namespace) -> int:
         )
         for kind in _KINDS
     )
+    if not all(np.isfinite(one).all() for one in wanted):
+        raise EngineError(
+            f"the graphs' own actions on ONNX Runtime are not finite, so nothing is said of the "
+            f"engines. A layer overflows in its precision: quantise or export {args.bundle} again "
+            "with that layer in float (groot-int8 verify names it)"
+        )
     error = worst(
         [compare("action_pred", a, b) for a, b in zip(wanted, found, strict=True)]
     ).to_dict()["relative_l2"]

@@ -183,6 +183,13 @@ def test_engines_that_were_not_compared_with_their_graphs_or_are_wrong_are_named
 
 
 def test_a_damaged_report_counts_as_none(tmp_path: Path) -> None:
-    for text in ("", "[]", '{"passed": true}', "\x00"):
+    whole = EngineReport(_HASHES, "a GPU", "noise", 3, 0.2, 0.03, passed=False)
+    whole.write(tmp_path / "report.json")
+    text = (tmp_path / "report.json").read_text()
+    assert read_engine_report(tmp_path / "report.json") == whole
+    texts = ["", "[]", '{"passed": true}', "\x00", "[" * 100_000]
+    # A robot must not stop over a report that says nothing.
+    texts += [text.replace("0.2", '"much"'), text.replace("false", "1")]
+    for text in texts:
         (tmp_path / "report.json").write_text(text)
         assert read_engine_report(tmp_path / "report.json") is None

@@ -177,6 +177,20 @@ def test_the_threshold_that_the_user_sets_decides(
     assert _verify(small_copy, "--max-error", error / 2) == 1
 
 
+def test_graphs_that_overflow_by_themselves_say_nothing_of_the_engines(
+    small_copy: Path,
+    engines_of: Callable[[Path], None],
+    reseal: Reseal,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _change_scale(small_copy, np.nan)
+    reseal(small_copy)
+    engines_of(small_copy)
+    assert _verify(small_copy) == 2
+    assert "nothing is said of the engines" in capsys.readouterr().err
+    assert not (small_copy / "reports").exists()
+
+
 @pytest.mark.parametrize(("scale", "code"), [(-1.0, 1), (0.001, 2)])
 def test_a_verdict_that_cannot_be_kept_is_given_all_the_same(
     small_copy: Path,
