@@ -11,11 +11,11 @@ from pathlib import Path
 
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.files import atomic_file
-from offline_tools.arguments import not_negative_int, positive_float, positive_int
+from offline_tools.arguments import positive_float
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.verify.checks import verify_bundle
 from offline_tools.verify.comparison import DEFAULT_ATOL, MIN_COSINE, Comparison
-from offline_tools.verify.observations import generated_observations, recorded_observations
+from offline_tools.verify.observations import add_observation_options, chosen_observations
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -25,16 +25,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, required=True, help="the checkpoint it was exported from"
     )
     parser.add_argument("--eagle-config", type=Path, help="as it was given to export")
-    parser.add_argument(
-        "--dataset", type=Path, help="LeRobot dataset to take observations from (default: noise)"
-    )
-    parser.add_argument("--episode", type=not_negative_int, default=0, help="default: %(default)s")
-    parser.add_argument(
-        "--samples",
-        type=positive_int,
-        default=2,
-        help="observations to compare (default: %(default)s)",
-    )
+    add_observation_options(parser, samples=2)
     parser.add_argument(
         "--atol",
         type=positive_float,
@@ -46,17 +37,14 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print a line for each tensor, write `reports/verify.json`, and fail if one fails."""
     bundle = open_bundle(args.bundle)
-    if args.dataset:
-        observations = recorded_observations(bundle, args.dataset, args.episode, args.samples)
-    else:
-        observations = generated_observations(bundle, args.samples)
+    observations, source = chosen_observations(bundle, args)
     found = verify_bundle(bundle, args.checkpoint, args.eagle_config, observations, args.atol)
     _print(found, args.atol)
     passed = all(comparison.passed for comparison in found)
     report = {
         "reference": "PyTorch float32",
         "engine": "ONNX Runtime CPU",
-        "source": str(args.dataset.name) if args.dataset else "generated noise",
+        "source": source,
         "samples": len(observations),
         "min_cosine": MIN_COSINE,
         "atol": args.atol,

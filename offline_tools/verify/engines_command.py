@@ -2,7 +2,7 @@
 
 Owns: the subcommand. Must not import torch. A builder can be wrong without a word: TensorRT 8.6
 was, for whole precisions of whole graphs (docs/verification.md). So the policy answers the same
-observations from the same noise, on ONNX Runtime on the CPU and then on the engines, each in a
+observations from the same noise, on the engines and then on ONNX Runtime on the CPU, each in a
 process of its own: on a board that shares its memory the one is gone before the other is loaded.
 """
 
@@ -26,11 +26,11 @@ from groot_int8_ros.policy.engines.engine_report import (
 from groot_int8_ros.policy.graph_runs import CommittedRows
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Float32Array, Observation
-from offline_tools.arguments import not_negative_int, positive_float, positive_int
+from offline_tools.arguments import positive_float
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.engine.child import run_in_child
 from offline_tools.verify.comparison import compare, worst
-from offline_tools.verify.observations import generated_observations, recorded_observations
+from offline_tools.verify.observations import add_observation_options, chosen_observations
 
 # Whole policies that were right were at most 0.015 off, with static scales and measured from
 # float32; wrong ones at least 0.1 (docs/verification.md). None of them was of true size.
@@ -43,14 +43,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
     add = parser.add_argument
     add("--bundle", type=Path, required=True, help="the bundle with engines for this device")
-    add("--dataset", type=Path, help="LeRobot dataset to take observations from (default: noise)")
-    add("--episode", type=not_negative_int, default=0, help="default: %(default)s")
-    add(
-        "--samples",
-        type=positive_int,
-        default=3,
-        help="observations to compare (default: %(default)s)",
-    )
+    add_observation_options(parser, samples=3)
     add(
         "--max-error",
         type=positive_float,
@@ -64,10 +57,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = open_bundle(args.bundle)
     _refuse_without_onnxruntime()
     here = engines_here(bundle)
-    if args.dataset:
-        observations = recorded_observations(bundle, args.dataset, args.episode, args.samples)
-    else:
-        observations = generated_observations(bundle, args.samples)
+    observations, source = chosen_observations(bundle, args)
     # The engines first: what is wrong with them shows before ONNX Runtime has taken minutes.
     print(f"{len(observations)} observations on {here.device}, then on ONNX Runtime", flush=True)
     found, wanted = (
@@ -94,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     report = EngineReport(
         engines=here.hashes,
         device=here.device,
-        source=args.dataset.name if args.dataset else "generated noise",
+        source=source,
         samples=len(observations),
         relative_l2=error,
         max_error=args.max_error,

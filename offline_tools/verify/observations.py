@@ -5,6 +5,7 @@ Owns: taking and making them. Must not import torch.
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,37 @@ import numpy as np
 from groot_int8_ros.errors import DatasetError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.types import Float32Array, Observation
+from offline_tools.arguments import not_negative_int, positive_int
+
+
+def add_observation_options(parser: argparse.ArgumentParser, *, samples: int) -> None:
+    """Add the options that `chosen_observations` reads.
+
+    Args:
+        parser: Of a subcommand.
+        samples: Default number of observations.
+    """
+    add = parser.add_argument
+    add("--dataset", type=Path, help="LeRobot dataset to take observations from (default: noise)")
+    add("--episode", type=not_negative_int, default=0, help="default: %(default)s")
+    add(
+        "--samples",
+        type=positive_int,
+        default=samples,
+        help="observations to compare (default: %(default)s)",
+    )
+
+
+def chosen_observations(bundle: Bundle, args: argparse.Namespace) -> tuple[list[Observation], str]:
+    """Return the observations that a subcommand's options ask for, and what they are.
+
+    Raises:
+        DatasetError: The dataset lacks a camera of the bundle, or cannot be read.
+    """
+    if args.dataset:
+        found = recorded_observations(bundle, args.dataset, args.episode, args.samples)
+        return found, args.dataset.name
+    return generated_observations(bundle, args.samples), "generated noise"
 
 
 def recorded_observations(

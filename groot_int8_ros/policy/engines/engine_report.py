@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
-    ENGINE_SUFFIX,
     EngineManifest,
     engine_folder,
+    find_engine,
     read_engine_manifest,
     rebuild_command,
 )
@@ -141,12 +141,7 @@ def engines_here(bundle: Bundle) -> EnginesHere:
     folder = engine_folder(bundle.folder, version, device)
     manifests = {}
     for name in bundle.manifest.engine_graphs:
-        path = folder / (bundle.graph_path(name).stem + ENGINE_SUFFIX)
-        if not path.is_file():
-            raise EngineError(
-                f"{path} does not exist: no engine was built for TensorRT {version} on "
-                f"{device.describe()}. Build it here: {rebuild_command(bundle.folder)}"
-            )
+        path = find_engine(bundle.folder, bundle.graph_path(name), version, device)
         manifests[name] = read_engine_manifest(path.with_suffix(".json"), bundle.folder)
     return EnginesHere(folder, f"TensorRT {version}, {device.describe()}", manifests)
 

@@ -33,12 +33,10 @@ from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds, is_unchanged
 from groot_int8_ros.policy.engines.cuda import Cuda, CudaError, host_view
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
-    ENGINE_FOLDER,
-    ENGINE_SUFFIX,
     EngineManifest,
     EngineTensor,
     check_engine_fits,
-    engine_folder,
+    find_engine,
     read_engine_manifest,
     rebuild_command,
 )
@@ -253,19 +251,7 @@ class TensorRTEngine:
         self, graph: Path, library_version: str, verify_hash: bool
     ) -> tuple[Path, EngineManifest]:
         device = self._cuda.device()
-        folder = engine_folder(self._bundle, library_version, device)
-        path = folder / (graph.stem + ENGINE_SUFFIX)
-        if not path.is_file():
-            others = sorted(
-                str(other.parent.relative_to(self._bundle))
-                for other in (self._bundle / ENGINE_FOLDER).glob(f"*/{path.name}")
-            )
-            raise EngineError(
-                f"{path} does not exist: no engine was built for TensorRT {library_version} on "
-                f"{device.describe()}"
-                + (f"; there is one in {', '.join(others)}, for another" if others else "")
-                + f". Build it here: {rebuild_command(self._bundle)}"
-            )
+        path = find_engine(self._bundle, graph, library_version, device)
         manifest = read_engine_manifest(path.with_suffix(".json"), self._bundle)
         check_engine_fits(
             manifest,

@@ -130,6 +130,33 @@ def engine_folder(bundle: Path, library_version: str, device: Device) -> Path:
     return bundle / ENGINE_FOLDER / f"{library_version}-{device.slug}-sm{capability}"
 
 
+def find_engine(bundle: Path, graph: Path, library_version: str, device: Device) -> Path:
+    """Return the engine of a graph for one TensorRT and one device.
+
+    Args:
+        bundle: The bundle's folder.
+        graph: The graph's `.onnx` file.
+        library_version: TensorRT's version.
+        device: The GPU.
+
+    Raises:
+        EngineError: None was built for them.
+    """
+    path = engine_folder(bundle, library_version, device) / (graph.stem + ENGINE_SUFFIX)
+    if path.is_file():
+        return path
+    others = sorted(
+        str(other.parent.relative_to(bundle))
+        for other in (bundle / ENGINE_FOLDER).glob(f"*/{path.name}")
+    )
+    raise EngineError(
+        f"{path} does not exist: no engine was built for TensorRT {library_version} on "
+        f"{device.describe()}"
+        + (f"; there is one in {', '.join(others)}, for another" if others else "")
+        + f". Build it here: {rebuild_command(bundle)}"
+    )
+
+
 def rebuild_command(bundle: Path, options: tuple[str, ...] = ()) -> str:
     """Return the command line that builds a bundle's engines on this machine."""
     return shlex.join(["groot-int8", "build", "--bundle", str(bundle), *options])

@@ -111,6 +111,21 @@ def _change_scale(bundle: Path, value: float) -> None:
     onnx.save(model, path)
 
 
+@pytest.fixture
+def engines_with(
+    small_copy: Path, engines_of: Callable[[Path], None], reseal: Reseal, tmp_path: Path
+) -> Callable[[float], None]:
+    """Let a copy of the bundle with another scale answer in the place of the engines."""
+
+    def put(scale: float) -> None:
+        other = Path(shutil.copytree(small_copy, tmp_path / "other"))
+        _change_scale(other, scale)
+        reseal(other)
+        engines_of(other)
+
+    return put
+
+
 @pytest.mark.parametrize(
     ("fixture", "recorded"),
     [
@@ -145,16 +160,11 @@ def test_engines_that_answer_like_their_graphs_pass_and_the_report_names_them(
 @pytest.mark.parametrize("scale", [-1.0, np.nan])
 def test_engines_that_answer_otherwise_fail_and_are_not_to_be_run(
     small_copy: Path,
-    engines_of: Callable[[Path], None],
-    reseal: Reseal,
-    tmp_path: Path,
+    engines_with: Callable[[float], None],
     capsys: pytest.CaptureFixture[str],
     scale: float,
 ) -> None:
-    other = Path(shutil.copytree(small_copy, tmp_path / "other"))
-    _change_scale(other, scale)
-    reseal(other)
-    engines_of(other)
+    engines_with(scale)
     assert _verify(small_copy) == 1
     out = capsys.readouterr().out
     assert "Do not run them" in out
@@ -165,12 +175,9 @@ def test_engines_that_answer_otherwise_fail_and_are_not_to_be_run(
 
 
 def test_the_threshold_that_the_user_sets_decides(
-    small_copy: Path, engines_of: Callable[[Path], None], reseal: Reseal, tmp_path: Path
+    small_copy: Path, engines_with: Callable[[float], None]
 ) -> None:
-    other = Path(shutil.copytree(small_copy, tmp_path / "other"))
-    _change_scale(other, 0.001001)
-    reseal(other)
-    engines_of(other)
+    engines_with(0.001001)
     assert _verify(small_copy) == 0
     error = _report(small_copy).relative_l2
     assert error
@@ -194,17 +201,12 @@ def test_graphs_that_overflow_by_themselves_say_nothing_of_the_engines(
 @pytest.mark.parametrize(("scale", "code"), [(-1.0, 1), (0.001, 2)])
 def test_a_verdict_that_cannot_be_kept_is_given_all_the_same(
     small_copy: Path,
-    engines_of: Callable[[Path], None],
-    reseal: Reseal,
-    tmp_path: Path,
+    engines_with: Callable[[float], None],
     capsys: pytest.CaptureFixture[str],
     scale: float,
     code: int,
 ) -> None:
-    other = Path(shutil.copytree(small_copy, tmp_path / "other"))
-    _change_scale(other, scale)
-    reseal(other)
-    engines_of(other)
+    engines_with(scale)
     (small_copy / "reports").write_text("a file where a folder is to be")
     assert _verify(small_copy) == code
     out = capsys.readouterr().out
