@@ -7,11 +7,10 @@ between versions is `library`'s.
 Types. Where a TensorRT can be strongly typed (10 and later), every layer keeps the type that the
 graph states. 8.6 cannot: it gets the FP16 flag, and constraints to float32 that are read from the
 graph: on each layer that it computes in float32 on purpose (the RMSNorm's square reaches 2.6e8 in
-the real model, far over FP16's 65504) but for normalisation layers, and on the attention scores of
-heads that 8.6 fuses wrongly. Asking for another precision than the graph's is possible for the
-comparison: BF16 from an FP16 graph whose types are exchanged (`bfloat16_form`), and any from an
-FP32 graph with weak typing. Of that only the image chain is held, and on 8.6 those scores; beyond
-that accuracy is the user's to judge.
+the real model, far over FP16's 65504) but for normalisation layers. Asking for another precision
+than the graph's is possible for the comparison: BF16 from an FP16 graph whose types are exchanged
+(`bfloat16_form`), and any from an FP32 graph with weak typing. Of that only the image chain is
+held; beyond that accuracy is the user's to judge.
 """
 
 from __future__ import annotations
@@ -328,9 +327,6 @@ def configure_precision(
     if float32 is None and (build.calibration is not None or build.precision != "fp32"):
         # The image chain's whole numbers reach 2 ** 24: in FP16 nothing of a picture is left.
         float32 = _image_chain_values(graph)
-    if float32 is not None and not library.strongly_typed:
-        # The fault was found on 8.6; of the weakly typed builds of 10 nothing is known.
-        float32 |= _scores_of_odd_heads(graph)
     if build.calibration is not None:
         flags = ["INT8", "FP16"]  # what has no INT8 kernel, or no scale, may take FP16
     elif build.precision == "int8":
@@ -359,10 +355,6 @@ _ARITHMETIC = (
     "SOFTMAX",
     "UNARY",
 )
-_ATTENTION_RANK = 4  # batch, heads, tokens, width of a head
-# Seen with 8.6.1 on an H100: heads of 72 were wrong, those of 48 and 128 right. That 16 is the
-# border is a guess.
-_FUSED_HEAD_MULTIPLE = 16
 
 
 def _float32_values(graph: Any) -> frozenset[str] | None:
@@ -403,32 +395,6 @@ def _image_chain_values(graph: Any) -> frozenset[str]:
         ):
             reached |= {value.name for value in node.outputs}
     return frozenset(name for name in reached - frames if name)
-
-
-def _scores_of_odd_heads(graph: Any) -> frozenset[str]:
-    """Return the attention scores of heads whose width is no multiple of `_FUSED_HEAD_MULTIPLE`.
-
-    With FP16 allowed, TensorRT 8.6 fuses attention into one kernel, whose output is wrong for the
-    vision tower's heads of 72. It does not fuse it where the scores are to be float32.
-    """
-    scores = set()
-    for node in graph:
-        shapes = [value.shape for value in node.inputs if value is not None and value.shape]
-        if node.op_type != "MatMul" or [len(shape) for shape in shapes] != [_ATTENTION_RANK] * 2:
-            continue  # by a weight, or of pixels
-        width, source = shapes[0][-1], _source_before_casts(node.inputs[0])
-        weighs_values = source is not None and source.op_type == "Softmax"
-        if not weighs_values and isinstance(width, int) and width % _FUSED_HEAD_MULTIPLE:
-            scores |= {value.name for value in node.outputs}
-    return frozenset(name for name in scores if name)
-
-
-def _source_before_casts(value: Any) -> Any:
-    """Return the node that computes a value, whatever its type became; None for an input."""
-    node = value.producer()
-    while node is not None and node.op_type == "Cast":
-        node = node.inputs[0].producer()
-    return node
 
 
 def _hold_float32(trt: Any, network: Any, float32: frozenset[str]) -> int:

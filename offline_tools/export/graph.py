@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnxscript.optimizer
@@ -141,6 +142,7 @@ def trace(spec: GraphSpec, weights: WeightSource) -> ir.Model:
     onnxscript.optimizer.optimize_ir(
         model, input_size_limit=_FOLD_ELEMENTS, output_size_limit=_FOLD_ELEMENTS
     )
+    store_expanded_scalars(model)
     slice_whole_shapes(model)
     lower_opset(model)
     name_nodes(model)
@@ -193,6 +195,33 @@ def transpose_weights_once(model: ir.Model) -> None:
                 )
             )
         _replace(node, graph.initializers[name])
+    _drop_unused_initializers(graph)
+
+
+def store_expanded_scalars(model: ir.Model) -> None:
+    """Replace `Expand` of a constant scalar by the constant that it makes.
+
+    A normalisation without a learned gain gets its gain of ones like this. Narrow ones are folded
+    before, up to `_FOLD_ELEMENTS`; wide ones would be computed in every run.
+    """
+    graph = model.graph
+    for node in list(graph):
+        result = node.outputs[0]
+        if node.op_type != "Expand" or result.shape is None or not result.shape.is_static():
+            continue
+        scalar = ir.convenience.get_const_tensor(node.inputs[0])
+        if scalar is None or scalar.size != 1:
+            continue
+        filled = np.full(result.shape.numpy(), scalar.numpy().item(), scalar.dtype.numpy())
+        name = f"{result.name}.expanded"
+        constant = ir.Value(
+            name=name,
+            type=ir.TensorType(scalar.dtype),
+            shape=result.shape,
+            const_value=ir.tensor(filled, name=name),
+        )
+        graph.register_initializer(constant)
+        _replace(node, constant)
     _drop_unused_initializers(graph)
 
 

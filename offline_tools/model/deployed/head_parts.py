@@ -166,13 +166,13 @@ class KeysValues(nn.Module):
         """Project tokens of shape (1, S, cross width).
 
         Returns:
-            Keys (blocks, heads, head width, S) and values (blocks, heads, S, head width).
+            Keys and values, shape (blocks, heads, S, head width).
         """
-        keys, values = self.kv(tokens).chunk(2, dim=2)
-        return (
-            keys.reshape(-1, *self.shape).permute(1, 2, 3, 0),
-            values.reshape(-1, *self.shape).permute(1, 2, 0, 3),
+        keys, values = (
+            part.reshape(-1, *self.shape).permute(1, 2, 0, 3)
+            for part in self.kv(tokens).chunk(2, dim=2)
         )
+        return keys, values
 
 
 def text_blocks(config: DiTConfig) -> tuple[int, ...]:
@@ -312,7 +312,7 @@ class HoistedKeysValues(AttendedTokens):
         self, blocks: tuple[int, ...], keys: Tensor, values: Tensor, bias: Tensor | None
     ) -> dict[int, Attended]:
         # Once here, instead of on every query or on the scores: a product stays small as well.
-        scaled = keys * self.config.head_dim**-0.5
+        scaled = keys.transpose(2, 3) * self.config.head_dim**-0.5
         return {
             block: (key, value, bias)
             for block, key, value in zip(
@@ -353,8 +353,10 @@ class PrefixKeysValues(HoistedKeysValues):
             prefix_mask: Which tokens of the prefix are real, bool, shape (P,).
         """
         keys, values = self.text(_tokens_of(vl_embs, self.runs, image=False))
+        # Transposed only afterwards: TensorRT 8.6 computes transposed keys that are concatenated
+        # along their last axis wrongly (docs/verification.md).
         return self._given(
-            torch.cat([prefix_text_keys.transpose(2, 3), keys], dim=3),
+            torch.cat([prefix_text_keys, keys], dim=2),
             torch.cat([prefix_text_values, values], dim=2),
             _prefix_bias(prefix_mask, self.live_text, vl_embs.dtype),
             _tokens_of(vl_embs, self.runs, image=True),
@@ -382,8 +384,8 @@ class PrefixTextKeysValues(nn.Module):
         Returns:
             Keys and values, shape (text blocks, heads, tokens, head width), the keys not scaled.
         """
-        keys, values = self.context["text"](self.vlln(features))
-        return keys.transpose(2, 3), values
+        result: tuple[Tensor, Tensor] = self.context["text"](self.vlln(features))
+        return result
 
 
 # --- Self-attention.

@@ -36,9 +36,12 @@ class FusedVisionAttention(nn.Module):
             Attended and projected features of the same shape, and no attention weights.
         """
         images, patches, _width = hidden_states.shape
-        joined = self.qkv_proj(hidden_states)
-        joined = joined.reshape(images, patches, 3, self.heads, self.head_dim)
-        query, key, value = (part.flatten(0, 1) for part in joined.permute(2, 0, 3, 1, 4).split(1))
+        # The product itself is split, on its last axis: TensorRT 8.6 computes a split of the
+        # reshaped and transposed product, with its bias, wrongly (docs/verification.md).
+        query, key, value = (
+            part.reshape(images, patches, self.heads, self.head_dim).transpose(1, 2)
+            for part in self.qkv_proj(hidden_states).chunk(3, dim=2)
+        )
         scores = torch.matmul(query, key.transpose(2, 3))
         weights = torch.softmax(scores, dim=-1)
         mixed = torch.matmul(weights, value).transpose(1, 2)

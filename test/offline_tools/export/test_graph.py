@@ -12,6 +12,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+import torch.nn.functional as F
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -75,6 +76,28 @@ def test_traced_graph_computes_what_the_module_computes(
         with torch.no_grad():
             expected = module(x).numpy()
         np.testing.assert_allclose(engine.run({"x": x.numpy()})["y"], expected, atol=1e-5)
+
+
+class _WideNorm(nn.Module):
+    """A norm without gain, of a width that the optimizer leaves to be computed in every run."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (x.shape[-1],), eps=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_gain_of_a_wide_norm_that_has_none_is_a_constant(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    path = tmp_path / "graph.onnx"
+    spec = GraphSpec(_WideNorm, {"x": GraphInput((1, 3, 1536), dtype)}, ("y",), dtype)
+    save(trace(spec, {}.__getitem__), path)
+    nodes = onnx.load(path).graph.node
+    assert "LayerNormalization" in {node.op_type for node in nodes}
+    assert not [node for node in nodes if node.op_type in ("Expand", "Shape")]
+    x = torch.randn(1, 3, 1536)
+    found = OnnxRuntimeEngine(path, threads=1).run({"x": x.to(dtype).numpy()})["y"]
+    np.testing.assert_allclose(found, _WideNorm()(x).numpy(), atol=1e-2)
 
 
 def test_weights_are_read_when_written_and_never_held_together(tmp_path: Path) -> None:

@@ -122,6 +122,15 @@ def test_graph_has_the_contract_of_the_deployed_family(traced: Traced) -> None:
     assert {node.op_type for node in readers} == {"Cast"}
 
 
+def test_what_is_split_has_no_more_than_four_axes(traced: Traced) -> None:
+    # Seen with 8.6.1, FP32 and FP16, 8x48 to 32x48 and 16x72: query, key and value that are split
+    # from the product after it is reshaped to five axes, with or without a transpose, are wrong.
+    splits = [node for node in load_graph(traced.path).graph if node.op_type == "Split"]
+    fused = [node for node in splits if "qkv_proj" in str(node.inputs[0].producer())]
+    assert len(fused) == traced.scene.config.vision.layers, "the tower's; the others have norms"
+    assert {len(node.inputs[0].shape) for node in splits} <= {2, 3, 4}
+
+
 def test_layers_are_the_checkpoint_s_with_fused_ones_by_their_names(traced: Traced) -> None:
     layers = find_layers(load_graph(traced.path))
     tower = "backbone.model.vision_model.vision_model"

@@ -141,6 +141,19 @@ def test_weight_that_every_step_uses_is_stored_once_and_its_uses_are_numbered(
     assert sum(stored.values()) < 1.02 * sum(layer.parameters for layer in layers)
 
 
+def test_no_transposed_value_is_concatenated_along_its_last_axis(traced: Traced) -> None:
+    # Seen with 8.6.1 in float32, 32 heads of 48: the text blocks' keys came out unrelated.
+    graph = load_graph(traced.path).graph
+    concatenations = [node for node in graph if node.op_type == "Concat"]
+    axes = {
+        node.attributes["axis"].as_int() % len(node.outputs[0].shape) - len(node.outputs[0].shape)
+        for node in concatenations
+        for value in node.inputs
+        if (producer := value.producer()) is not None and producer.op_type == "Transpose"
+    }
+    assert axes == {-2}, "keys and values, along their tokens"
+
+
 def test_what_stands_around_the_blocks_stays_float32(traced: Traced) -> None:
     graph = load_graph(traced.path).graph
     around = ("state_encoder", "action_encoder", "action_decoder", "vlln")
