@@ -206,10 +206,12 @@ def store_expanded_scalars(model: ir.Model) -> None:
     """
     graph = model.graph
     for node in list(graph):
-        result = node.outputs[0]
-        if node.op_type != "Expand" or result.shape is None or not result.shape.is_static():
+        source, result = node.inputs[0] if node.inputs else None, node.outputs[0]
+        if node.op_type != "Expand" or source is None:
             continue
-        scalar = ir.convenience.get_const_tensor(node.inputs[0])
+        if result.shape is None or not result.shape.is_static():
+            continue
+        scalar = ir.convenience.get_const_tensor(source)
         if scalar is None or scalar.size != 1:
             continue
         filled = np.full(result.shape.numpy(), scalar.numpy().item(), scalar.dtype.numpy())

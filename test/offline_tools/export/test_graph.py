@@ -91,7 +91,8 @@ def test_gain_of_a_wide_norm_that_has_none_is_a_constant(
 ) -> None:
     path = tmp_path / "graph.onnx"
     spec = GraphSpec(_WideNorm, {"x": GraphInput((1, 3, 1536), dtype)}, ("y",), dtype)
-    save(trace(spec, {}.__getitem__), path)
+    no_weights: dict[str, Tensor] = {}
+    save(trace(spec, no_weights.__getitem__), path)
     nodes = onnx.load(path).graph.node
     assert "LayerNormalization" in {node.op_type for node in nodes}
     assert not [node for node in nodes if node.op_type in ("Expand", "Shape")]

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -125,7 +125,8 @@ def test_graph_has_the_contract_of_the_deployed_family(traced: Traced) -> None:
 def test_what_is_split_has_no_more_than_four_axes(traced: Traced) -> None:
     # Seen with 8.6.1, FP32 and FP16, 8x48 to 32x48 and 16x72: query, key and value that are split
     # from the product after it is reshaped to five axes, with or without a transpose, are wrong.
-    splits = [node for node in load_graph(traced.path).graph if node.op_type == "Split"]
+    graph: Any = load_graph(traced.path).graph
+    splits = [node for node in graph if node.op_type == "Split"]
     fused = [node for node in splits if "qkv_proj" in str(node.inputs[0].producer())]
     assert len(fused) == traced.scene.config.vision.layers, "the tower's; the others have norms"
     assert {len(node.inputs[0].shape) for node in splits} <= {2, 3, 4}

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -143,7 +143,7 @@ def test_weight_that_every_step_uses_is_stored_once_and_its_uses_are_numbered(
 
 def test_no_transposed_value_is_concatenated_along_its_last_axis(traced: Traced) -> None:
     # Seen with 8.6.1 in float32, 32 heads of 48: the text blocks' keys came out unrelated.
-    graph = load_graph(traced.path).graph
+    graph: Any = load_graph(traced.path).graph
     concatenations = [node for node in graph if node.op_type == "Concat"]
     axes = {
         node.attributes["axis"].as_int() % len(node.outputs[0].shape) - len(node.outputs[0].shape)
