@@ -107,6 +107,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--low-memory", action="store_true", help="as for build, where engines are built"
     )
     parser.add_argument("--builder-level", type=int, choices=range(6), help="as for build")
+    parser.add_argument("--no-library-tactics", action="store_true", help="as for build")
     parser.add_argument(
         "--refresh",
         nargs="?",
@@ -231,7 +232,11 @@ def _steps(args: argparse.Namespace) -> list[Step]:
         *(["--accept"] if args.accept else []),
     ]
     captured = _given(args, "samples", "seed")
-    built = [*(["--low-memory"] if args.low_memory else []), *_given(args, "builder_level")]
+    built = [
+        *(["--low-memory"] if args.low_memory else []),
+        *(["--no-library-tactics"] if args.no_library_tactics else []),
+        *_given(args, "builder_level"),
+    ]
 
     hashes = FileHashes(output / STATE_FOLDER)
 
