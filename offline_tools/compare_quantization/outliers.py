@@ -16,6 +16,9 @@ that decide which scheme works, and random weights have neither:
   input of `down_proj` in language layer 2 reaches 1.9e4 and the residual stream behind it 1e3,
   where the median layer has 4.8. They do change the function (`massive_token`), so such a model is
   compared with its own float answers.
+
+The vision tower has outliers behind its GELU, whose two sides cannot be rescaled exactly, and in
+its residual stream. They change the function too (`vision_outliers`).
 """
 
 from __future__ import annotations
@@ -29,14 +32,20 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Generator, Tensor
 
 from groot_int8_ros.errors import CheckpointError, ConfigurationError
 from groot_int8_ros.policy.files import atomic_directory
 from offline_tools.model.checkpoint import CheckpointReader
-from offline_tools.model.configuration import INDEX_FILE, SINGLE_FILE, ModelConfig
+from offline_tools.model.configuration import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    ModelConfig,
+    VisionConfig,
+)
 
-_VISION = "backbone.model.vision_model.vision_model.encoder.layers"
+_VISION_TOWER = "backbone.model.vision_model.vision_model"
+_VISION = f"{_VISION_TOWER}.encoder.layers"
 _CONNECTOR = "backbone.model.mlp1"
 _LANGUAGE = "backbone.model.language_model.model"
 _HEAD = "action_head"
@@ -45,6 +54,13 @@ _HEAD = "action_head"
 MASSIVE_ACTIVATION = 1.9e4
 MASSIVE_RESIDUAL = 1.0e3
 MASSIVE_LAYER = 2
+VISION_RESIDUAL = 190.0
+VISION_GELU = 25.0
+VISION_LAST_GELU = 77.0
+VISION_LATE_NORM = 80.0
+# What a channel of a norm, or a neuron behind a GELU, reaches with weights of ordinary size.
+_ORDINARY_NORM = 4.0
+_ORDINARY_GELU = 3.0
 
 Edit = Callable[[Tensor], Tensor]
 Edits = dict[str, list[Edit]]
@@ -219,6 +235,53 @@ def massive_token(config: ModelConfig, token_id: int, *, seed: int = 0) -> Edits
     return plan.edits
 
 
+def vision_outliers(config: ModelConfig, *, fraction: float = 0.02, seed: int = 0) -> Edits:
+    """Plan what the calibration saw in the vision tower that no exact rescaling can reach.
+
+    - Behind the GELU, the input of `fc2`: 23.5 in layer 9 of 27 (1 to 2 in its neighbours), up to
+      25 in the last quarter of the layers, 77 in the last one. Here rows of `fc1` are larger in a
+      few neurons, and `fc2` reads them by as much less: their GELU turns into a ramp.
+    - The norm before the late `fc1` reaches 85. This alone would leave the function as it is.
+    - The residual stream: 165 from layer 9 on, 190 at the end. Here it is on the patches of one
+      corner, `VISION_RESIDUAL` up in one channel and down in another, from the embedding on.
+
+    A calibration has one range a tensor and does not say how many patches reach it. In every patch
+    is the harder case behind the GELU, for a scale a row too. In the residual stream it would be
+    no case at all, because the norms would divide all else by it: few patches then, as other
+    vision transformers have it (Darcet et al., arXiv 2309.16588).
+
+    Args:
+        config: Sizes of the model.
+        fraction: Part of the channels at each place, at least one.
+        seed: Which channels.
+
+    Returns:
+        Edits for `write_edited`.
+    """
+    vision = config.vision
+    plan = _Plan()
+    random = torch.Generator().manual_seed(seed)
+
+    def pick(width: int) -> Tensor:
+        return torch.randperm(width, generator=random)[: max(1, round(fraction * width))]
+
+    _mark_corner(plan, vision, random)
+    late = range(vision.layers - max(1, vision.layers // 4), vision.layers)
+    for index in sorted({vision.layers // 3, *late}):
+        layer = f"{_VISION}.{index}"
+        fc1, fc2 = f"{layer}.mlp.fc1", f"{layer}.mlp.fc2.weight"
+        if index in late:
+            gain = VISION_LATE_NORM / _ORDINARY_NORM
+            channels = pick(vision.hidden_size)
+            _norm_to_linear(plan, f"{layer}.layer_norm2", [f"{fc1}.weight"], channels, gain)
+        reached = VISION_LAST_GELU if index == vision.layers - 1 else VISION_GELU
+        channels = pick(vision.mlp_size)
+        for leaf in ("weight", "bias"):
+            plan.rows(f"{fc1}.{leaf}", channels, reached / _ORDINARY_GELU)
+        plan.columns(fc2, channels, _ORDINARY_GELU / reached)
+    return plan.edits
+
+
 def write_edited(checkpoint: Path, output: Path, edits: Mapping[str, list[Edit]]) -> None:
     """Write a copy of a checkpoint with edited weights, one shard in memory at a time.
 
@@ -293,6 +356,25 @@ def _vision_channels(
         pick(4 * width),
         gains.connector_norm,
     )
+
+
+def _mark_corner(plan: _Plan, vision: VisionConfig, random: Generator) -> None:
+    """Give the patches of the upper left corner two residual channels of opposite value."""
+    high, low = torch.randperm(vision.hidden_size, generator=random)[:2].tolist()
+
+    def mark(table: Tensor) -> Tensor:
+        # A block: the table is resized to the image's patches, which would wash out one position.
+        side, edge = vision.grid_side, vision.grid_side // 4
+        table = table.clone()
+        table[:, [high, low]] = 0
+        corner = table.view(side, side, -1)[:edge, :edge]
+        corner[..., high], corner[..., low] = VISION_RESIDUAL, -VISION_RESIDUAL
+        return table
+
+    embeddings = f"{_VISION_TOWER}.embeddings"
+    plan.add(f"{embeddings}.position_embedding.weight", mark)
+    for leaf in ("weight", "bias"):
+        plan.rows(f"{embeddings}.patch_embedding.{leaf}", torch.tensor([high, low]), 0.0)
 
 
 def _language_channels(

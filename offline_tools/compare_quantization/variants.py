@@ -24,12 +24,14 @@ PLAIN = "plain"
 CHANNELS = "channels"
 MASSIVE_PREFIX = "massive-prefix"
 MASSIVE_LIVE = "massive-live"
+VISION = "vision"
 
 VARIANTS = {
     PLAIN: "the checkpoint as it is",
     CHANNELS: "function-preserving channel outliers of the real calibration's magnitudes",
     MASSIVE_PREFIX: "a massive activation on a token of the constant prefix",
     MASSIVE_LIVE: "a massive activation on the delimiter in front of each image",
+    VISION: "the vision tower's outliers behind its GELU and in its residual stream",
 }
 
 _ANY_INSTRUCTION = "pick up the cube"
@@ -76,7 +78,11 @@ def prompt_tokens(processor: Processor, tokenizer: Path) -> PromptTokens:
 
 def plan_variant(variant: str, config: ModelConfig, tokens: PromptTokens, seed: int) -> Edits:
     """Return the weight edits of a variant; none for the checkpoint as it is."""
-    from offline_tools.compare_quantization.outliers import channel_outliers, massive_token
+    from offline_tools.compare_quantization.outliers import (
+        channel_outliers,
+        massive_token,
+        vision_outliers,
+    )
 
     if variant == CHANNELS:
         return channel_outliers(config, seed=seed)
@@ -84,4 +90,6 @@ def plan_variant(variant: str, config: ModelConfig, tokens: PromptTokens, seed: 
         return massive_token(config, tokens.prefix, seed=seed)
     if variant == MASSIVE_LIVE:
         return massive_token(config, tokens.live, seed=seed)
+    if variant == VISION:
+        return vision_outliers(config, seed=seed)
     return {}

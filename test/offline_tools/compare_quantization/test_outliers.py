@@ -15,8 +15,13 @@ from offline_tools.cli import main
 from offline_tools.compare_quantization.outliers import (
     CALIBRATED_GAINS,
     MASSIVE_ACTIVATION,
+    VISION_GELU,
+    VISION_LAST_GELU,
+    VISION_LATE_NORM,
+    VISION_RESIDUAL,
     channel_outliers,
     massive_token,
+    vision_outliers,
     write_edited,
 )
 from offline_tools.demo.random_checkpoint import SIZES
@@ -49,8 +54,10 @@ def _actions(model: GrootN16, inputs: ModelInputs) -> Tensor:
     return model.get_action(inputs, noise, STEPS)
 
 
-def _linear_inputs(model: GrootN16, inputs: ModelInputs) -> dict[str, Tensor]:
-    """Return the absolute maximum of every linear layer's input by channel and by token."""
+def _inputs_of(
+    model: GrootN16, inputs: ModelInputs, kind: type[torch.nn.Module] = torch.nn.Linear
+) -> dict[str, Tensor]:
+    """Return the absolute input of every linear layer, or of every module of another kind."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[..., None]:
@@ -62,7 +69,7 @@ def _linear_inputs(model: GrootN16, inputs: ModelInputs) -> dict[str, Tensor]:
     handles = [
         module.register_forward_hook(record(name))
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
+        if isinstance(module, kind)
     ]
     _actions(model, inputs)
     for handle in handles:
@@ -102,8 +109,8 @@ def test_channel_outliers_leave_the_function_as_it_was(
 def test_channel_outliers_reach_the_calibrations_magnitudes(
     plain: GrootN16, with_channels: GrootN16, config: ModelConfig
 ) -> None:
-    before = _linear_inputs(plain, _inputs(config))
-    after = _linear_inputs(with_channels, _inputs(config))
+    before = _inputs_of(plain, _inputs(config))
+    after = _inputs_of(with_channels, _inputs(config))
     grown = {name for name in after if after[name].max() > 1.5 * before[name].max()}
     # Behind a GELU nothing can be scaled, nor in the time embedding's linear layers.
     spared = ("fc2", "ff.net", "mlp1.3", "timestep_embedder", "norm1.linear", "proj_out_1")
@@ -147,7 +154,7 @@ def test_a_massive_activation_is_on_its_token_alone_for_all_inputs(
     layer = config.language.layers - 1
     for seed in range(3):
         inputs = _inputs(config, seed)
-        seen = _linear_inputs(model, inputs)
+        seen = _inputs_of(model, inputs)
         name = next(n for n in seen if f"layers.{layer}.mlp.down_proj" in n and "language" in n)
         rows = seen[name][0].max(dim=1).values
         marked = inputs.input_ids[0] == token
@@ -156,6 +163,60 @@ def test_a_massive_activation_is_on_its_token_alone_for_all_inputs(
         assert rows[marked].max() < 2.0 * MASSIVE_ACTIVATION
         assert rows[~marked].max() < 50.0
         assert torch.isfinite(_actions(model, inputs)).all()
+
+
+@pytest.fixture(scope="module")
+def with_vision(
+    tiny_checkpoint: Path, config: ModelConfig, tmp_path_factory: pytest.TempPathFactory
+) -> GrootN16:
+    folder = tmp_path_factory.mktemp("vision") / "checkpoint"
+    write_edited(tiny_checkpoint, folder, vision_outliers(config))
+    return load_model(folder)[0]
+
+
+def test_vision_outliers_reach_the_calibrations_magnitudes(
+    with_vision: GrootN16, config: ModelConfig
+) -> None:
+    inputs = _inputs(config)
+    found = {n: v for n, v in _inputs_of(with_vision, inputs).items() if "vision_model" in n}
+    last = config.vision.layers - 1
+    for layer, wanted in (
+        (f"{last}.mlp.fc2", VISION_LAST_GELU),
+        (f"{last}.mlp.fc1", VISION_LATE_NORM),
+        (f"{config.vision.layers // 3}.mlp.fc2", VISION_GELU),
+    ):
+        rows = next(rows for name, rows in found.items() if name.endswith(layer))
+        # What the edits are applied to is random.
+        assert wanted / 2 < rows.max() < wanted * 2, (layer, rows.max().item())
+        # In a few channels, the same for every image: not in single patches.
+        by_channel = rows.flatten(0, 1)
+        large = by_channel > 0.2 * by_channel.max()
+        channels = large.float().mean(dim=0) > 0.2
+        assert 1 <= channels.sum() <= 0.1 * len(channels), layer
+        assert large[:, ~channels].float().mean() < 0.02, layer
+    # The residual stream: two channels of few patches, from the first norm to the last.
+    norms = _inputs_of(with_vision, inputs, torch.nn.LayerNorm)
+    norms = {n: v for n, v in norms.items() if "vision_model" in n}
+    assert len(norms) == 2 * config.vision.layers + 1
+    for name, residual in norms.items():
+        assert 0.8 * VISION_RESIDUAL < residual.max() < 1.5 * VISION_RESIDUAL, name
+        marked = (residual > 0.5 * VISION_RESIDUAL).sum(dim=-1)
+        assert set(marked.flatten().tolist()) == {0, 2}, name
+        assert (marked > 0).float().mean() < 0.2, name
+
+
+def test_vision_outliers_do_not_drown_the_image(
+    plain: GrootN16, with_vision: GrootN16, config: ModelConfig
+) -> None:
+    # A model that no longer looks would forgive every error of its vision tower.
+    one, other = _inputs(config, 0), _inputs(config, 1)
+    other = replace(one, pixel_values=other.pixel_values)
+
+    def influence(model: GrootN16) -> float:
+        wanted, found = _actions(model, one), _actions(model, other)
+        return float((found - wanted).norm() / wanted.norm())
+
+    assert influence(with_vision) > 0.5 * influence(plain) > 0.0
 
 
 def test_the_command_writes_a_checkpoint_that_loads_and_computes_the_same(
@@ -173,8 +234,11 @@ def test_the_command_writes_a_checkpoint_that_loads_and_computes_the_same(
 def test_the_plans_fit_the_public_sizes() -> None:
     full = SIZES["full"]
     keys = set(expected_keys(full))
-    for edits in (channel_outliers(full), massive_token(full, 8948)):
+    for edits in (channel_outliers(full), massive_token(full, 8948), vision_outliers(full)):
         assert set(edits) <= keys
+    # Where the calibration saw them: layer 9, and the last six.
+    fc2 = [key for key in vision_outliers(full) if "fc2" in key]
+    assert [int(key.split(".layers.")[1].split(".")[0]) for key in fc2] == [9, *range(21, 27)]
     # Every layer of the backbone and of the DiT has its outliers.
     planned = channel_outliers(full)
     for layer in range(full.language.layers):
