@@ -165,7 +165,11 @@ def examine_answers(bundle: Path, here: EnginesHere) -> Finding:
         bundle: The bundle's folder.
         here: Its engines for this device.
     """
-    report = read_engine_report(report_path(bundle, here.folder))
+    try:
+        report = read_engine_report(report_path(bundle, here.folder))
+    except EngineError as error:
+        # The policy refuses them for it.
+        return Finding(Level.FAULT, "answers", str(error))
     if report is None or report.engines != here.hashes:
         return Finding(
             Level.WARNING,

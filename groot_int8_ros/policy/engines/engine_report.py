@@ -10,6 +10,7 @@ a bundle may serve several. It names the engines by their hash, so it ends with 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -112,12 +113,27 @@ def report_path(bundle: Path, engines: Path) -> Path:
 
 
 def read_engine_report(path: Path) -> EngineReport | None:
-    """Return a report, or None if there is none that can be read."""
+    """Return a report, or None if there is none or it is damaged.
+
+    Args:
+        path: Where `report_path` says that it lies.
+
+    Raises:
+        EngineError: There is one, and it cannot be read: it may say that the engines are wrong.
+    """
     try:
         content = read_json(path)
         report = EngineReport(**content)
-    except (OSError, ValueError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError):
         return None
+    except OSError as error:
+        reports, bundle = path.parents[1], path.parents[2]
+        raise EngineError(
+            f"{path} cannot be read ({error.strerror}), so nobody knows whether groot-int8 "
+            "verify-engines found the engines wrong. Let the user who runs them read it, as the "
+            f"one who wrote it: {shlex.join(['chmod', '-R', 'a+rX', str(reports)])}; or compare "
+            f"again: {_verify_command(bundle)}"
+        ) from error
     numbers = [content["max_error"]]
     if content["relative_l2"] is not None:
         numbers.append(content["relative_l2"])
@@ -151,7 +167,7 @@ def advice(bundle: Path, build_options: tuple[str, ...]) -> str:
     return (
         "Do not run them. Deployed graphs in FP16 and INT8 were right where others were not "
         f"(docs/engines.md); build again and compare: {rebuild_command(bundle, build_options)}; "
-        f"groot-int8 verify-engines --bundle {bundle}"
+        f"{_verify_command(bundle)}"
     )
 
 
@@ -159,7 +175,8 @@ def refuse_failed_engines(bundle: Bundle) -> None:
     """Refuse engines that were compared with their graphs and did not answer like them.
 
     Raises:
-        EngineError: The bundle's report is of the engines that are here, and says so.
+        EngineError: The bundle's report is of the engines that are here, and says so; or it
+            cannot be read.
     """
     try:
         here = engines_here(bundle)
@@ -174,3 +191,7 @@ def refuse_failed_engines(bundle: Bundle) -> None:
         f"{report.error}. {advice(bundle.folder, here.build_options)}. To load them all the same, "
         f"for an investigation, remove {path}"
     )
+
+
+def _verify_command(bundle: Path) -> str:
+    return shlex.join(["groot-int8", "verify-engines", "--bundle", str(bundle)])

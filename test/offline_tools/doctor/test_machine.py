@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import types
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.engine_report import (
     EngineReport,
@@ -193,3 +195,26 @@ def test_a_damaged_report_counts_as_none(tmp_path: Path) -> None:
     for text in texts:
         (tmp_path / "report.json").write_text(text)
         assert read_engine_report(tmp_path / "report.json") is None
+
+
+def test_a_report_that_this_user_may_not_read_is_not_taken_for_none(tmp_path: Path) -> None:
+    path = report_path(tmp_path, tmp_path / "engines" / "10.3.0-orin-sm87")
+    EngineReport(_HASHES, "a GPU", "noise", 3, 0.2, 0.03, passed=False).write(path)
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        with pytest.raises(EngineError, match=r"Permission denied.* wrong") as found:
+            read_engine_report(path)
+    finally:
+        os.seteuid(user)
+    assert f"chmod -R a+rX {tmp_path / 'reports'}" in str(found.value)
+
+
+def test_engines_whose_report_cannot_be_read_are_a_fault(tmp_path: Path) -> None:
+    here = EnginesHere(tmp_path / "engines" / "10.3.0-orin-sm87", "a GPU", {})
+    report_path(tmp_path, here.folder).mkdir(parents=True)  # which root cannot read either
+    found = machine.examine_answers(tmp_path, here)
+    assert found.level is Level.FAULT
+    assert f"groot-int8 verify-engines --bundle {tmp_path}" in found.message

@@ -237,6 +237,19 @@ def test_a_robot_without_onnx_runtime_is_told_so(
     assert "pip install onnxruntime" in capsys.readouterr().err
 
 
+@pytest.fixture
+def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The graphs that a policy asked engines of; ONNX Runtime runs them."""
+    graphs: list[Path] = []
+
+    def load(kind: str, graph: Path, **_: Any) -> OnnxRuntimeEngine:
+        graphs.append(graph)
+        return OnnxRuntimeEngine(graph)
+
+    monkeypatch.setattr("groot_int8_ros.policy.policy.load_engine", load)
+    return graphs
+
+
 @pytest.mark.parametrize(
     ("changed", "refused"),
     [
@@ -251,17 +264,10 @@ def test_a_robot_without_onnx_runtime_is_told_so(
 def test_engines_that_were_found_wrong_are_not_loaded_and_others_are(
     small_copy: Path,
     found_here: None,
-    monkeypatch: pytest.MonkeyPatch,
+    loaded: list[Path],
     changed: dict[str, Any],
     refused: bool,
 ) -> None:
-    loaded: list[Path] = []
-
-    def load(kind: str, graph: Path, **_: Any) -> OnnxRuntimeEngine:
-        loaded.append(graph)
-        return OnnxRuntimeEngine(graph)
-
-    monkeypatch.setattr("groot_int8_ros.policy.policy.load_engine", load)
     Policy.load(small_copy, engine="tensorrt").close()
     right = EngineReport(HASHES, "a GPU", "noise", 3, 0.01, 0.03, passed=True)
     path = report_path(small_copy, _here(small_copy).folder)
@@ -277,6 +283,17 @@ def test_engines_that_were_found_wrong_are_not_loaded_and_others_are(
     else:
         Policy.load(small_copy, engine="tensorrt").close()
         assert loaded
+
+
+def test_engines_whose_report_cannot_be_read_are_not_loaded(
+    small_copy: Path, found_here: None, loaded: list[Path]
+) -> None:
+    # A folder in its place: a file that others may not read, root reads.
+    report_path(small_copy, _here(small_copy).folder).mkdir(parents=True)
+    with pytest.raises(EngineError, match="cannot be read"):
+        Policy.load(small_copy, engine="tensorrt")
+    assert not loaded
+    Policy.load(small_copy, engine="onnxruntime").close()
 
 
 def test_the_engines_of_the_device_that_is_here_are_found_and_a_missing_one_is_named(
