@@ -181,9 +181,7 @@ def examine_answers(bundle: Path, here: EnginesHere) -> Finding:
         )
     level = Level.OK if report.passed else Level.FAULT
     what = f"the engines' actions are {report.error}"
-    return Finding(
-        level, "answers", what, "" if report.passed else advice(bundle, here.build_options)
-    )
+    return Finding(level, "answers", what, "" if report.passed else advice(bundle, here))
 
 
 def _onnxruntime() -> Finding:

@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
     if report.passed:
         print("PASS")
     else:
-        print(f"FAIL. {advice(args.bundle, here.build_options)}")
+        print(f"FAIL. {advice(args.bundle, here)}")
     try:
         report.write(path)
         print(path)

@@ -52,12 +52,20 @@ class EnginesHere:
         """Hash of each engine, by graph."""
         return {name: manifest.engine_sha256 for name, manifest in self.manifests.items()}
 
-    @property
-    def build_options(self) -> tuple[str, ...]:
-        """Options that they were built with, for `groot-int8 build`."""
-        options = next(iter(self.manifests.values())).build_options
-        # Each names its own graph first; all are to be built again.
-        return options[2:] if options[:1] == ("--graph",) else options
+    def rebuild_commands(self, bundle: Path) -> str:
+        """Return what builds them all again with their own options.
+
+        One command line, or one for each where their options differ.
+
+        Args:
+            bundle: The bundle's folder.
+        """
+        # Each begins with `--graph NAME`.
+        options = [manifest.build_options for manifest in self.manifests.values()]
+        shared = {own[2:] for own in options}
+        return "; ".join(
+            rebuild_command(bundle, own) for own in (shared if len(shared) == 1 else options)
+        )
 
 
 @dataclass(frozen=True)
@@ -162,11 +170,11 @@ def engines_here(bundle: Bundle) -> EnginesHere:
     return EnginesHere(folder, f"TensorRT {version}, {device.describe()}", manifests)
 
 
-def advice(bundle: Path, build_options: tuple[str, ...]) -> str:
+def advice(bundle: Path, here: EnginesHere) -> str:
     """Return what to do about engines that are wrong."""
     return (
         "Do not run them. Deployed graphs in FP16 and INT8 were right where others were not "
-        f"(docs/engines.md); build again and compare: {rebuild_command(bundle, build_options)}; "
+        f"(docs/engines.md); build again and compare: {here.rebuild_commands(bundle)}; "
         f"{_verify_command(bundle)}"
     )
 
@@ -188,7 +196,7 @@ def refuse_failed_engines(bundle: Bundle) -> None:
         return
     raise EngineError(
         f"the engines of {bundle.folder} are wrong: groot-int8 verify-engines found their actions "
-        f"{report.error}. {advice(bundle.folder, here.build_options)}. To load them all the same, "
+        f"{report.error}. {advice(bundle.folder, here)}. To load them all the same, "
         f"for an investigation, remove {path}"
     )
 

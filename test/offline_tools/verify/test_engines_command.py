@@ -313,4 +313,19 @@ def test_the_engines_of_the_device_that_is_here_are_found_and_a_missing_one_is_n
         (folder / f"{name}.engine").write_bytes(b"engine")
         (folder / f"{name}.json").write_text(manifest.to_json())
     here = engines_here(bundle)
-    assert (here.hashes, here.folder, here.build_options) == (HASHES, folder, ("--low-memory",))
+    assert (here.hashes, here.folder) == (HASHES, folder)
+    assert {manifest.build_options[2:] for manifest in here.manifests.values()} == {
+        ("--low-memory",)
+    }
+
+
+def test_engines_built_with_different_options_are_to_be_built_again_with_their_own() -> None:
+    bundle = Path("my bundle")
+    assert (
+        _here(bundle).rebuild_commands(bundle) == "groot-int8 build --bundle 'my bundle' --exact"
+    )
+    options = zip(HASHES, ("--low-memory", "--exact"), strict=True)
+    manifests = {name: _manifest(name, HASHES[name], option) for name, option in options}
+    first, second = EnginesHere(bundle, "", manifests).rebuild_commands(bundle).split("; ")
+    assert first == "groot-int8 build --bundle 'my bundle' --graph backbone --low-memory"
+    assert second == "groot-int8 build --bundle 'my bundle' --graph action_head --exact"
