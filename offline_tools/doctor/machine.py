@@ -186,15 +186,10 @@ def examine_answers(bundle: Path, here: EnginesHere) -> Finding:
 
 def _onnxruntime() -> Finding:
     try:
-        import onnxruntime
-    except ImportError as error:
-        return Finding(
-            Level.FAULT,
-            "engine",
-            f"ONNX Runtime cannot be imported: {error}",
-            "pip install onnxruntime, or set the parameter 'engine' to tensorrt",
-        )
-    return Finding(Level.OK, "engine", f"ONNX Runtime {onnxruntime.__version__}, on the CPU")
+        from groot_int8_ros.policy.engines.onnxruntime_engine import VERSION
+    except EngineError as error:
+        return Finding(Level.FAULT, "engine", str(error))
+    return Finding(Level.OK, "engine", f"ONNX Runtime {VERSION}, on the CPU")
 
 
 def _graph_bytes(bundle: Bundle) -> int:

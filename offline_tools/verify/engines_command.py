@@ -23,6 +23,7 @@ from groot_int8_ros.policy.engines.engine_report import (
     engines_here,
     report_path,
 )
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.graph_runs import CommittedRows
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Float32Array, Observation
@@ -55,7 +56,6 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the worst error, write the report into the bundle, and fail if it is too large."""
     bundle = open_bundle(args.bundle)
-    _refuse_without_onnxruntime()
     here = engines_here(bundle)
     observations, source = chosen_observations(bundle, args)
     # The engines first: what is wrong with them shows before ONNX Runtime has taken minutes.
@@ -151,16 +151,4 @@ def _first_rows_committed(shape: tuple[int, int]) -> CommittedRows:
 def _load(kind: str, graph: Path) -> Engine:
     if kind == "tensorrt":
         return load_engine(kind, graph)
-    from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-
     return OnnxRuntimeEngine(graph, keep_graph_as_written=True)
-
-
-def _refuse_without_onnxruntime() -> None:
-    try:
-        import onnxruntime  # noqa: F401
-    except ImportError as error:
-        raise EngineError(
-            f"the engines are compared with ONNX Runtime, which cannot be imported ({error}): "
-            "pip install onnxruntime"
-        ) from error

@@ -1,6 +1,7 @@
 """ONNX Runtime on the CPU: the embedded default engine, and the yardstick for every other.
 
-Owns: `OnnxRuntimeEngine`, `session_options`. Must not import TensorRT or torch.
+Owns: `OnnxRuntimeEngine`, `session_options`, and the `EngineError` that importing this module
+raises where ONNX Runtime is not installed or does not load. Must not import TensorRT or torch.
 """
 
 from __future__ import annotations
@@ -9,11 +10,19 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import onnxruntime as ort
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds
+
+try:
+    import onnxruntime as ort
+except ImportError as error:
+    raise EngineError(
+        f"ONNX Runtime cannot be imported ({error}): pip install onnxruntime"
+    ) from error
+
+VERSION = str(ort.__version__)
 
 _DTYPES = {
     "tensor(float)": "float32",

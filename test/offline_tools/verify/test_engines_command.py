@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+import subprocess
 import sys
 import types
 from collections.abc import Callable
@@ -226,15 +227,26 @@ def test_without_tensorrt_nothing_is_answered_and_nothing_written(
     assert not (small_copy / "reports").exists()
 
 
+@pytest.mark.parametrize(
+    ("words", "code"), [(["verify-engines"], 2), (["doctor", "--offline", "--no-hashes"], 1)]
+)
 def test_a_robot_without_onnx_runtime_is_told_so(
-    small_copy: Path,
-    found_here: None,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    small_deployed: Path, words: list[str], code: int
 ) -> None:
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert _verify(small_copy) == 2
-    assert "pip install onnxruntime" in capsys.readouterr().err
+    # In an interpreter of its own: this one has imported it.
+    program = (
+        "import sys; sys.modules['onnxruntime'] = None; "
+        "from offline_tools.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, *words, "--bundle", str(small_deployed)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == code, done.stderr
+    assert "pip install onnxruntime" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.fixture
