@@ -6,18 +6,17 @@ often an observation runs each. Must not count or time anything itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from groot_int8_ros.policy.token_layout import TokenLayout
 from offline_tools.export.deployed_backbone import backbone_spec
 from offline_tools.export.deployed_graphs import fixed_spec, head_spec
 from offline_tools.export.graph import GraphInput, GraphSpec
 from offline_tools.export.graphs import PRECISIONS, reference_graphs
-from offline_tools.model.action_head import ActionDecoder, ActionEncoder, ActionHead, Conditioner
+from offline_tools.model.action_head import ActionDecoder, ActionEncoder, Conditioner
 from offline_tools.model.configuration import ModelConfig
 from offline_tools.model.deployed.backbone import BackboneCase, backbone_parts
 from offline_tools.model.deployed.head import unrolled_stages
@@ -40,24 +39,6 @@ class StageGraph:
     name: str
     spec: GraphSpec
     runs: int
-
-
-class EveryEmbodiment(nn.Module):
-    """One of the small graphs around the DiT with the weights of all embodiments.
-
-    Args:
-        config: Sizes of the model.
-        method: Method of `ActionHead` that it runs.
-    """
-
-    def __init__(self, config: ModelConfig, method: Callable[..., object]) -> None:
-        super().__init__()
-        self.action_head = ActionHead(config)
-        self.method = method
-
-    def forward(self, *tensors: Tensor) -> object:
-        """Run the method; the last tensor is the embodiment's row, int64, shape (1,)."""
-        return self.method(self.action_head, *tensors)
 
 
 def head_stages(
@@ -130,6 +111,7 @@ def _separate_graphs(
     dit, float32 = config.dit, torch.float32
     length = layout.prefix_length + layout.live_length
     tokens = (1, 1 + config.action_horizon)
+    embodiments = None if sliced else config.max_embodiments
     row: InputShapes = {} if sliced else {"embodiment_id": ((1,), torch.int64)}
     timestep: InputShapes = {"timestep": ((1,), torch.int64)}
     masks: InputShapes = {
@@ -137,13 +119,8 @@ def _separate_graphs(
         "backbone_attention_mask": ((1, length), torch.bool),
     }
 
-    def around(
-        own: Callable[[ModelConfig], nn.Module], method: Callable[..., object]
-    ) -> Callable[[], nn.Module]:
-        return lambda: own(config) if sliced else EveryEmbodiment(config, method)
-
     conditioner = fixed_spec(
-        around(Conditioner, ActionHead.condition),
+        lambda: Conditioner(config, embodiments),
         {
             "hidden_states": ((1, length, dit.cross_dim), float32),
             "state": ((1, config.max_state_dim), float32),
@@ -153,7 +130,7 @@ def _separate_graphs(
         float32,
     )
     encoder = fixed_spec(
-        around(ActionEncoder, ActionHead.encode_action),
+        lambda: ActionEncoder(config, embodiments),
         {
             "state_features": ((1, 1, dit.width), float32),
             "actions": ((1, config.action_horizon, config.max_action_dim), float32),
@@ -175,7 +152,7 @@ def _separate_graphs(
         dtype,
     )
     decoder = fixed_spec(
-        around(ActionDecoder, ActionHead.decode_velocity),
+        lambda: ActionDecoder(config, embodiments),
         {"dit_output": ((*tokens, dit.output_dim), float32), **row},
         ("velocity",),
         float32,

@@ -1,7 +1,7 @@
 """The flow-matching action head of GR00T N1.6: encoders, DiT, decoder, Euler loop.
 
 Owns: the category-specific layers, the action head with the weights of all embodiments, and the
-three small modules with one embodiment's weights that an export deploys around the DiT. Must not
+three small modules around its DiT, which an export deploys with one embodiment's weights. Must not
 import the rest of the package but the model. Module names are chosen so that a state-dict key
 equals the released checkpoint's key; the export modules keep the same names without the prefix
 `action_head.` and with the embodiment's row of each weight.
@@ -253,51 +253,64 @@ class ActionHead(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Backbone features and state of one embodiment to what the denoising steps share."""
+    """Backbone features and state to what the denoising steps share.
 
-    def __init__(self, config: ModelConfig) -> None:
+    Args:
+        config: Sizes of the model.
+        embodiments: How many the weights are for; None: for one, whose number is not asked then.
+    """
+
+    def __init__(self, config: ModelConfig, embodiments: int | None = None) -> None:
         super().__init__()
         self.vlln: nn.Module = (
             nn.LayerNorm(config.dit.cross_dim) if config.use_vlln else nn.Identity()
         )
         self.state_encoder = CategoryMLP(
-            None, config.max_state_dim, config.mlp_size, config.dit.width
+            embodiments, config.max_state_dim, config.mlp_size, config.dit.width
         )
 
-    def forward(self, hidden_states: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, hidden_states: Tensor, state: Tensor, embodiment_id: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Map (B, S, cross width) and (B, max_state_dim); see `ActionHead.condition`."""
-        return self.vlln(hidden_states), self.state_encoder(state.unsqueeze(1))
+        return self.vlln(hidden_states), self.state_encoder(state.unsqueeze(1), embodiment_id)
 
 
 class ActionEncoder(nn.Module):
-    """Noisy actions of one embodiment to the DiT's tokens."""
+    """Noisy actions to the DiT's tokens; arguments as those of `Conditioner`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, embodiments: int | None = None) -> None:
         super().__init__()
         width = config.dit.width
-        self.action_encoder = CategoryActionEncoder(None, config.max_action_dim, width)
+        self.action_encoder = CategoryActionEncoder(embodiments, config.max_action_dim, width)
         self.position_embedding = (
             nn.Embedding(config.max_seq_len, width) if config.add_position_embedding else None
         )
 
-    def forward(self, state_features: Tensor, actions: Tensor, timestep: Tensor) -> Tensor:
+    def forward(
+        self,
+        state_features: Tensor,
+        actions: Tensor,
+        timestep: Tensor,
+        embodiment_id: Tensor | None = None,
+    ) -> Tensor:
         """Return tokens of shape (B, 1 + H, width); see `ActionHead.encode_action`."""
-        features = self.action_encoder(actions, timestep)
+        features = self.action_encoder(actions, timestep, embodiment_id)
         return _action_tokens(state_features, features, self.position_embedding)
 
 
 class ActionDecoder(nn.Module):
-    """The DiT's output to the velocity of one embodiment's actions."""
+    """The DiT's output to the velocity of the actions; arguments as those of `Conditioner`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, embodiments: int | None = None) -> None:
         super().__init__()
         self.action_decoder = CategoryMLP(
-            None, config.dit.output_dim, config.mlp_size, config.max_action_dim
+            embodiments, config.dit.output_dim, config.mlp_size, config.max_action_dim
         )
 
-    def forward(self, dit_output: Tensor) -> Tensor:
+    def forward(self, dit_output: Tensor, embodiment_id: Tensor | None = None) -> Tensor:
         """Map (B, 1 + H, output width) to (B, H, max_action_dim)."""
-        result: Tensor = self.action_decoder(dit_output[:, 1:])
+        result: Tensor = self.action_decoder(dit_output[:, 1:], embodiment_id)
         return result
 
 

@@ -16,6 +16,7 @@ from offline_tools.benchmark.torch_command import Setting, count, graphs_of
 from offline_tools.cost.reference_work import reference_head
 from offline_tools.cost.work import GraphWork, Launch, observation, total
 from offline_tools.demo.random_checkpoint import SIZES
+from offline_tools.export.graph import weight_bytes
 
 SETTING = Setting(cameras=2, steps=2, horizon=16)
 
@@ -40,6 +41,14 @@ def test_both_families_run_with_random_weights_and_give_what_their_graphs_are_fo
     assert shapes["deployed backbone: backbone"] == ((1, 226, 64), 1)
     assert shapes["reference head: dit"] == ((1, 17, 64), 2)
     assert shapes["deployed head: action_head"] == ((1, 16, 29), 1)
+
+
+def test_no_graph_of_the_head_takes_memory_for_weights_that_it_never_reads() -> None:
+    graphs = graphs_of("tiny", SETTING, (240, 320), 32, "fp16")
+    for name in ("reference head", "deployed head"):
+        for graph, work in zip(graphs[name], count(graphs)[name], strict=True):
+            # Of a table of positions the first rows are read; it counts as a whole.
+            assert weight_bytes(graph.spec) <= work.stored_bytes, f"{name}: {graph.name}"
 
 
 def test_each_part_stands_beside_the_floor_of_its_own_work(

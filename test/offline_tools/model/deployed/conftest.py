@@ -140,12 +140,12 @@ class HeadCase:
         unrolled = self.weights(steps)
 
         def source(name: str) -> Tensor:
-            if name.startswith("action_head."):
-                return self.checkpoint(name)
             if graph.name == "action_head":
                 return unrolled(name)
             prefix = "model." if graph.name == "dit" else ""
             tensor = self.checkpoint(f"action_head.{prefix}{name}")
+            if "embodiment_id" in graph.spec.inputs:
+                return tensor
             return embodiment_row(name, tensor, self.embodiment_id)
 
         fill(module, source)
