@@ -150,14 +150,14 @@ def _offsets(
 
 
 def _rows(processor: Processor, committed: CommittedActions) -> Int64Array:
-    rows = np.array([int(row) for row in committed.rows], np.int64)
-    known = (rows >= 0) & (rows < processor.action_steps)
-    if not known.all() or np.unique(rows).size != rows.size:
+    rows = [int(row) for row in committed.rows]
+    # Before they are int64, which not every whole number fits.
+    if not all(0 <= row < processor.action_steps for row in rows) or len(set(rows)) < len(rows):
         raise ObservationError(
-            f"the committed rows {rows.tolist()} must be different rows of the coming chunk, from "
-            f"0 to {processor.action_steps - 1}"
+            f"the committed rows {rows} must be different rows of the coming chunk, from 0 to "
+            f"{processor.action_steps - 1}"
         )
-    return rows
+    return np.array(rows, np.int64)
 
 
 def _physical(key: ActionKey, committed: CommittedActions, rows: int) -> Float64Array:

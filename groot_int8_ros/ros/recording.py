@@ -243,7 +243,7 @@ def _committed(
         committed = CommittedActions.from_dict(content)
         # As the completion will: what it would refuse must not take a place in the store.
         encode_actions(processor, committed, state)
-    except (ValueError, OverflowError, ObservationError) as error:
+    except (ValueError, ObservationError) as error:
         raise ObservationError(f"`committed` of the chunk info cannot be used: {error}") from error
     keys = {key.key for key in processor.action_keys}
     if not committed.rows or committed.actions.keys() != keys:

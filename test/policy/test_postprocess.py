@@ -243,6 +243,14 @@ def test_what_the_network_cannot_say_is_clipped_to_what_it_can() -> None:
     assert clipped_rows(_processor(ABSOLUTE), inside, {}) == 1
 
 
+@pytest.mark.parametrize("rows", [[0, 2], [-1, 0], [1, 1], [0, 2**63], [0, -(10**30)]])
+def test_rows_that_no_chunk_has_are_refused(rows: list[int]) -> None:
+    committed = CommittedActions(rows, {"hand": np.zeros((2, 1), np.float32)})
+    for encode in (encode_actions, clipped_rows):
+        with pytest.raises(ObservationError, match="must be different rows of the coming chunk"):
+            encode(_processor(ABSOLUTE), committed, {})
+
+
 def test_joint_that_never_moved_is_encoded_as_nothing_and_decodes_to_itself() -> None:
     still = ActionKey("hand", 1, "min_max", "absolute", low=_array(7), high=_array(7))
     committed = CommittedActions([0], {"hand": np.array([[7.0]], np.float32)})
