@@ -26,7 +26,7 @@ from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.engines import LAYERS_SUFFIX
 from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
 from offline_tools.engine.verdicts import LayerVerdict, Precision, count
-from offline_tools.quantize.graph_audit import audit_graph
+from offline_tools.quantize.graph_audit import audit_bundle, audit_graph
 from offline_tools.quantize.layers import load_graph
 
 _TIMED_RUNS = 20
@@ -78,10 +78,7 @@ def run(args: argparse.Namespace) -> int:
         TensorRTEngine(_graph(bundle, args.engine), use_cuda_graph=False).close()
         return 0
     if args.engine is None and args.engines is None:
-        found = {
-            name: audit_graph(bundle.graph_path(name), bundle.manifest.graphs[name].quantization)
-            for name in bundle.manifest.engine_graphs
-        }
+        found = audit_bundle(bundle)
         print("what the ONNX graphs say (an engine may still differ: --engines)")
         for name, verdicts in found.items():
             _print(name, verdicts, list_all=args.all)

@@ -1,7 +1,7 @@
 """Which matrix products of a graph run on INT8 operands, read from the graph itself.
 
-Owns: `audit_graph`. Must not import torch or TensorRT. It trusts neither names nor the rewrite
-that made the graph: a layer is INT8 when both operands of its product come out of a
+Owns: `audit_graph`, `audit_bundle`. Must not import torch or TensorRT. It trusts neither names nor
+the rewrite that made the graph: a layer is INT8 when both operands of its product come out of a
 DequantizeLinear whose codes are int8 with a zero point of zero, which is what TensorRT fuses into
 an INT8 product. What an engine made of it is another question, for the engine's own audit.
 """
@@ -12,12 +12,21 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.quantization import QuantizationRecord
 from offline_tools.engine.verdicts import LayerVerdict, Precision
 from offline_tools.quantize.layers import layer_name, load_graph
 
 # Between codes and product TensorRT looks through these; they move values and change none.
 _TRANSPARENT = frozenset({"Cast", "Identity", "Reshape", "Transpose", "Squeeze", "Unsqueeze"})
+
+
+def audit_bundle(bundle: Bundle) -> dict[str, list[LayerVerdict]]:
+    """Judge every graph of a bundle that an engine runs; see `audit_graph`."""
+    return {
+        name: audit_graph(bundle.graph_path(name), bundle.manifest.graphs[name].quantization)
+        for name in bundle.manifest.engine_graphs
+    }
 
 
 def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerdict]:

@@ -30,7 +30,6 @@ from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
 from groot_int8_ros.policy.quantization import CACHE, LayerScheme, QuantizationRecord
 from offline_tools.engine.calibration_cache import hash_of_graph, scales_for_graph
-from offline_tools.engine.verdicts import LayerVerdict
 from offline_tools.quantize.calibration_set import CalibrationSet
 from offline_tools.quantize.evaluation import (
     ActionErrors,
@@ -367,7 +366,8 @@ class _Job:
             source, graphs=graphs, files=dict(sorted(files.items())), notes=tuple(notes)
         )
         for name in written:
-            failed = [verdict for verdict in _audit(self._folder, graphs[name]) if verdict.failed]
+            verdicts = audit_graph(self._folder / graphs[name].file, graphs[name].quantization)
+            failed = [verdict for verdict in verdicts if verdict.failed]
             if failed:
                 raise RuntimeError(f"{failed[0].layer} is not INT8: {failed[0].evidence}")
         (self._folder / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
@@ -464,19 +464,6 @@ class _Candidates:
     def clear(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def audit_bundle(bundle: Bundle) -> dict[str, list[LayerVerdict]]:
-    """Judge every layer of a bundle's large graphs against its manifest; see `audit_graph`."""
-    manifest = bundle.manifest
-    return {
-        name: _audit(bundle.folder, manifest.graphs[name])
-        for name in LARGE_GRAPHS[manifest.family]
-    }
-
-
-def _audit(folder: Path, graph: GraphRecord) -> list[LayerVerdict]:
-    return audit_graph(folder / graph.file, graph.quantization)
 
 
 def _check_options(options: QuantizeOptions) -> None:

@@ -17,7 +17,8 @@ from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.engine.rtx import check_build
 from offline_tools.engine.verdicts import Precision
 from offline_tools.quantize.arithmetic import rotation_block
-from offline_tools.quantize.int8_bundle import QuantizeOptions, audit_bundle, quantize_bundle
+from offline_tools.quantize.graph_audit import audit_bundle
+from offline_tools.quantize.int8_bundle import QuantizeOptions, quantize_bundle
 from offline_tools.quantize.layers import FLOAT_PARTS, find_layers, groups, load_graph
 from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.search import section
