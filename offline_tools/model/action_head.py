@@ -329,29 +329,3 @@ def embodiment_row(key: str, tensor: Tensor, embodiment_id: int) -> Tensor:
     part = key.split(".", 1)[0]
     specific = part in {"state_encoder", "action_encoder", "action_decoder"}
     return tensor[embodiment_id] if specific else tensor
-
-
-def slice_embodiment(
-    head: ActionHead, embodiment_id: int
-) -> tuple[Conditioner, ActionEncoder, ActionDecoder]:
-    """Take one embodiment's weights out of an action head.
-
-    Args:
-        head: Head with loaded weights.
-        embodiment_id: Row of the category-specific weights.
-
-    Returns:
-        The three modules in evaluation mode; their parameters are views of the head's.
-    """
-    weights = head.state_dict()
-    with torch.device("meta"):
-        parts = (
-            Conditioner(head.config),
-            ActionEncoder(head.config),
-            ActionDecoder(head.config),
-        )
-    for part in parts:
-        own = {key: embodiment_row(key, weights[key], embodiment_id) for key in part.state_dict()}
-        part.load_state_dict(own, assign=True)
-        part.requires_grad_(False).eval()
-    return parts

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -395,30 +395,3 @@ def load_model(
     left = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
     assert not left, f"not loaded: {left}"
     return model, config, notes
-
-
-def parameter_counts(weights: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Count the parameters of each part of the model.
-
-    Args:
-        weights: Keys and shapes, as `expected_keys` gives them.
-
-    Returns:
-        Number of parameters by part, in the order of the model.
-    """
-    parts = {
-        "vision tower": "backbone.model.vision_model.",
-        "connector": "backbone.model.mlp1.",
-        "embeddings": "backbone.model.language_model.model.embed_tokens.",
-        "language model": "backbone.model.language_model.",
-        "DiT": "action_head.model.",
-        "state encoder": "action_head.state_encoder.",
-        "action encoder": "action_head.action_encoder.",
-        "action decoder": "action_head.action_decoder.",
-        "other": "",
-    }
-    counts = dict.fromkeys(parts, 0)
-    for key, shape in weights.items():
-        part = next(name for name, prefix in parts.items() if key.startswith(prefix))
-        counts[part] += math.prod(shape)
-    return counts

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -9,11 +10,11 @@ import pytest
 import torch
 
 from groot_int8_ros.errors import CheckpointError
+from offline_tools.demo.random_checkpoint import SIZES
 from offline_tools.model.checkpoint import (
     CheckpointReader,
     expected_keys,
     load_model,
-    parameter_counts,
 )
 from offline_tools.model.configuration import ModelConfig, load_model_config
 
@@ -26,25 +27,35 @@ Q_PROJ = "backbone.model.language_model.model.layers.1.self_attn.q_proj.weight"
 TO_Q = "action_head.model.transformer_blocks.0.attn1.to_q.weight"
 
 
-# The public sizes; the counts are those of the reference code, in millions of parameters.
+# The public sizes, and what `make-checkpoint` calls full; the counts are those of the reference
+# code, in millions of parameters.
 @pytest.mark.parametrize(
-    ("max_dim", "encoder", "decoder"),
-    [(29, 228.1, 34.5), (128, 232.9, 37.8)],
+    ("config", "state_encoder", "action_encoder", "action_decoder"),
+    [
+        (ModelConfig(max_state_dim=29, max_action_dim=29), 51.4, 228.1, 34.5),
+        (SIZES["full"], 54.6, 232.9, 37.8),
+    ],
 )
 def test_the_true_size_model_has_the_references_parameters(
-    max_dim: int, encoder: float, decoder: float
+    config: ModelConfig, state_encoder: float, action_encoder: float, action_decoder: float
 ) -> None:
-    keys = expected_keys(ModelConfig(max_state_dim=max_dim, max_action_dim=max_dim))
-    counts = {part: count / 1e6 for part, count in parameter_counts(keys).items()}
-    # 427.7 with the pooling head's 15.2, which the model leaves out.
-    assert counts["vision tower"] == pytest.approx(427.7 - 15.2, abs=0.1)
-    assert counts["connector"] == pytest.approx(13.6, abs=0.1)
-    assert counts["language model"] == pytest.approx(805.4, abs=0.1)
-    assert counts["embeddings"] == pytest.approx(310.6, abs=0.1)
-    assert counts["DiT"] == pytest.approx(1091.7, abs=0.1)
-    assert counts["state encoder"] == pytest.approx(51.4 if max_dim == 29 else 54.6, abs=0.1)
-    assert counts["action encoder"] == pytest.approx(encoder, abs=0.1)
-    assert counts["action decoder"] == pytest.approx(decoder, abs=0.1)
+    keys = expected_keys(config)
+    parts = {
+        # 427.7 with the pooling head's 15.2, which the model leaves out.
+        "backbone.model.vision_model.": 427.7 - 15.2,
+        "backbone.model.mlp1.": 13.6,
+        "backbone.model.language_model.model.embed_tokens.": 310.6,
+        "backbone.model.language_model.model.layers.": 805.4,
+        "action_head.model.": 1091.7,
+        "action_head.state_encoder.": state_encoder,
+        "action_head.action_encoder.": action_encoder,
+        "action_head.action_decoder.": action_decoder,
+    }
+    counts = {
+        part: sum(math.prod(shape) for key, shape in keys.items() if key.startswith(part)) / 1e6
+        for part in parts
+    }
+    assert counts == pytest.approx(parts, abs=0.1)
 
 
 def test_every_weight_arrives_under_its_own_name(tiny: TinyCheckpoint) -> None:

@@ -4,10 +4,12 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from offline_tools.model.action_head import slice_embodiment, time_bucket
-from offline_tools.model.checkpoint import load_model
+from offline_tools.export.graph import build_empty
+from offline_tools.export.graphs import reference_graphs
+from offline_tools.model.action_head import time_bucket
+from offline_tools.model.checkpoint import load_model, load_weights
 from offline_tools.model.configuration import DiTConfig
 from offline_tools.model.dit import Block
 from offline_tools.model.policy_model import GrootN16, ModelInputs
@@ -146,12 +148,30 @@ def test_text_and_image_blocks_read_disjoint_tokens(model: GrootN16) -> None:
                 assert torch.equal(before, after) == (position not in read)
 
 
+def around_dit(tiny: TinyCheckpoint, model: GrootN16, embodiment: int) -> tuple[nn.Module, ...]:
+    """Return the three modules around the DiT with the weights that an export gives them."""
+    graphs = reference_graphs(
+        model.action_head.config,
+        tiny.weights.__getitem__,
+        embodiment_id=embodiment,
+        image_shape=(56, 84),
+        precision="fp32",
+    )
+    modules = []
+    for name in ("conditioner", "action_encoder", "action_decoder"):
+        module, weights = build_empty(graphs[name].spec), graphs[name].weights
+        keys = [key for key, _ in module.named_parameters()]
+        load_weights(module, ((key, weights(key)) for key in keys), torch.float32)
+        modules.append(module)
+    return tuple(modules)
+
+
 @pytest.mark.parametrize("embodiment", [0, 2])
 def test_one_embodiments_modules_equal_its_rows_of_the_full_head(
-    model: GrootN16, embodiment: int
+    tiny: TinyCheckpoint, model: GrootN16, embodiment: int
 ) -> None:
     head = model.action_head
-    conditioner, encoder, decoder = slice_embodiment(head, embodiment)
+    conditioner, encoder, decoder = around_dit(tiny, model, embodiment)
     generator = torch.Generator().manual_seed(1)
     features = torch.randn((2, 4, 16), generator=generator)
     state = torch.randn((2, 7), generator=generator)
@@ -186,7 +206,7 @@ def test_a_head_without_norm_and_positions_loads_and_runs(tiny: TinyCheckpoint) 
             features, torch.zeros(1, 7), torch.tensor([0])
         )
         assert torch.equal(vl_embs, features)
-        encoder = slice_embodiment(model.action_head, 0)[1]
+        encoder = around_dit(tiny, model, 0)[1]
         assert encoder(token, torch.zeros(1, 5, 6), torch.tensor([0])).shape == (1, 6, 24)
 
 
