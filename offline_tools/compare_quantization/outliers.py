@@ -76,7 +76,8 @@ class ChannelGains:
     scaling a weight and its inverse round nothing.
 
     Attributes:
-        vision_norm: Norms of the vision tower; the calibration saw up to 20.
+        vision_norm: Norms of the vision tower; the calibration saw up to 20, and more only before
+            the last MLPs (`vision_outliers`).
         vision_value: Input of the vision tower's `out_proj`.
         connector_norm: Norm of the connector; seen: 19.
         language_norm: Norms of the language model; seen: up to 27.

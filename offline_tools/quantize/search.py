@@ -227,18 +227,27 @@ class _Search:
             good = held < len(chain) and known[held] >= _GOOD_SHARE
             if good or held - missed <= 1 or len(self.measured) >= self.max_evaluations:
                 return held if held < len(chain) else None
-            # From the nearest that missed, as far as the model says that it takes. Where that did
-            # not help twice, what is left may hold a group that it takes for harmless: to the end.
+            # From the nearest that missed, as far as the model says that it takes.
             start = known.get(missed, math.inf)
             aim = 0.0 if math.isinf(start) else self._predicted(chain[missed]) * _AIM / start
             guess = next(
                 (n for n, choice in enumerate(chain) if self._predicted(choice) <= aim), held
             )
-            if held == len(chain) and sum(0 < n <= missed for n in known) >= _PATIENCE:
+            if held == len(chain) and self._lost(chain, known):
                 guess = held - 1
             if not missed < guess < held:
                 guess = (missed + held) // 2
             self._share(chain[guess])
+
+    def _lost(self, chain: Sequence[_Choice], known: Mapping[int, float]) -> bool:
+        """Return whether only the end of a chain is left to be tried, where nothing of it holds.
+
+        Where the model did not help twice, what is left may hold a group that it takes for
+        harmless. A plan that held until a check asked for more says that there is none.
+        """
+        none_held = all(self.measured[_key(chain[count])] > 1.0 for count in known)
+        tried = sum(count > 0 for count in known)
+        return (none_held and tried >= _PATIENCE) or len(self.measured) == self.max_evaluations - 1
 
     def _strictness(self, choice: _Choice) -> float:
         """Return what a check says of a plan over what the search says."""

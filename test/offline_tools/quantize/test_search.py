@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -142,6 +143,20 @@ def test_a_group_that_looks_harmless_and_breaks_the_budget_alone_is_float() -> N
     plan = _search([*many, keys], judge, evaluations=20).plans["dit"]
     assert "blocks.40.k" not in plan
     assert len(plan) >= 20  # of 25 that the budget has room for
+
+
+def test_a_check_that_asks_for_more_does_not_leave_a_single_layer() -> None:
+    # Weights drawn so that the model's guesses miss several times before one holds, which then
+    # fails on unseen observations: no sign of a group that breaks the budget alone.
+    draw = random.Random(243)
+    many = [_group(f"blocks.{i}.q", 0.02, 0.01 + i * 1e-4, 0.0101 + i * 1e-4) for i in range(40)]
+    weight = {group.name: draw.expovariate(1.0) ** 2 for group in many}
+
+    def judge(plans: GraphPlans, limit: float = 0.05) -> float:
+        return math.sqrt(sum(weight[n] for plan in plans.values() for n in plan)) * 0.01 / limit
+
+    found = _search(many, judge, lambda plans: 1.2 * judge(plans))
+    assert len(found.plans["dit"]) >= 5
 
 
 def test_a_plan_whose_actions_are_not_finite_is_not_taken() -> None:
