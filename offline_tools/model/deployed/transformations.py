@@ -3,14 +3,15 @@
 Owns: their names, their order and a line on each. Must not import anything: cost tables, tests and
 documentation read it. Each takes away work whose result is constant for a robot or an instruction,
 or that is done twice, and none of them changes what is computed beyond float rounding (the image
-chain: one grey level). Each has an equivalence test against the model before it.
+chain: one grey level, rarely two, where an engine fuses product and sum). Each has an equivalence
+test against the model before it.
 """
 
 from __future__ import annotations
 
 BACKBONE: dict[str, str] = {
     "fixed_shapes": "one observation of one size, one length of prompt, all cameras in one batch",
-    "image_chain": "from the cameras' uint8 frames: resizes and crop are constant matrices",
+    "image_chain": "from the cameras' uint8 frames: resizes and crop have constant tables",
     "prompt_prefix": "keys and values of the instruction's prefix come in from the prompt bank",
     "constant_embeddings": "no token is looked up: the live text is a constant, no table is kept",
     "fused_vision_qkv": "query, key and value of a vision layer are one product",
