@@ -10,6 +10,7 @@ from pathlib import Path
 
 from groot_int8_ros.policy.files import refuse_occupied
 from groot_int8_ros.policy.processor import load_processor
+from offline_tools.arguments import seed
 from offline_tools.compare_quantization.outliers import write_edited
 from offline_tools.compare_quantization.variants import (
     PLAIN,
@@ -33,7 +34,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tokenizer", type=Path, help="as for export")
     parser.add_argument("--eagle-config", type=Path, help="as for export")
     parser.add_argument("--embodiment", help="as for export")
-    parser.add_argument("--seed", type=int, default=0, help="which channels (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="which channels (default: 0)")
 
 
 def run(args: argparse.Namespace) -> int:

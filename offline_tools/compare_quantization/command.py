@@ -19,6 +19,7 @@ from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.processor import load_processor
 from groot_int8_ros.policy.types import Observation
+from offline_tools.arguments import positive_int, seed
 from offline_tools.compare_quantization import table
 from offline_tools.compare_quantization.baselines import missing_modelopt_modules
 from offline_tools.compare_quantization.comparison import (
@@ -90,8 +91,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--evaluation-samples", type=int, default=8, help="others (default: %(default)s)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--threads", type=int, default=1, help="of ONNX Runtime (default: 1)")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
+    parser.add_argument(
+        "--threads", type=positive_int, default=1, help="of ONNX Runtime (default: 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -230,8 +233,10 @@ def _prepare(args: argparse.Namespace, name: str, bundle: Bundle) -> Model:
     if args.dataset:
         calibration, evaluation = recorded_observations(bundle, args.dataset, counts)
     else:
-        calibration = generated_observations(bundle, counts[0], 2 * args.seed)
-        evaluation = generated_observations(bundle, counts[1], 2 * args.seed + 1)
+        # RandomState takes seeds of 32 bits.
+        drawn_from = 2 * args.seed % 2**32
+        calibration = generated_observations(bundle, counts[0], drawn_from)
+        evaluation = generated_observations(bundle, counts[1], drawn_from + 1)
     return prepare_model(
         name, bundle, calibration, evaluation, seed=args.seed, threads=args.threads
     )

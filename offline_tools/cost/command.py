@@ -65,7 +65,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="tokens of the prompt beside the images' (default: %(default)s)",
     )
     setup.add_argument(
-        "--denoising-steps", type=positive_int, default=2, help="default: %(default)s"
+        "--denoising-steps", type=int, choices=(1, 2, 4), default=2, help="default: %(default)s"
     )
 
 

@@ -177,12 +177,12 @@ def build_engines(
         GrootError: The bundle, the options, the library or the machine do not allow it. Engines
             that were finished before stay.
     """
+    bundle = open_bundle(options.bundle)
     library = open_library(library_name)
     free_host, free_device = available_host_bytes(), 0
     if device is None:
         cuda = Cuda()
         device, free_device = cuda.device(), cuda.free_bytes()
-    bundle = open_bundle(options.bundle)
     jobs = _plan(bundle, options, library, device)
     report(
         f"{library.name} {library.version} on {device.describe()}: {len(jobs)} "

@@ -36,6 +36,7 @@ from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
 from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_file
+from offline_tools.arguments import positive_int
 from offline_tools.engine import build_command
 from offline_tools.engine.engines import BuildOptions, build_engines
 from offline_tools.engine.library import open_library
@@ -80,8 +81,18 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="ENGINES",
         help="build all graphs of this kind (as the table calls it) and run the policy",
     )
-    add("--samples", type=int, default=6, help="feeds to compare on (default: %(default)s)")
-    add("--parallel", type=int, default=6, help="builds side by side (default: %(default)s)")
+    add(
+        "--samples",
+        type=positive_int,
+        default=6,
+        help="feeds to compare on (default: %(default)s)",
+    )
+    add(
+        "--parallel",
+        type=positive_int,
+        default=6,
+        help="builds side by side (default: %(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:

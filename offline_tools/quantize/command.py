@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from groot_int8_ros.errors import ConfigurationError
+from offline_tools.arguments import positive_int, seed
 from offline_tools.quantize.int8_bundle import (
     AUTO,
     DEFAULT_ALPHA,
@@ -87,26 +88,26 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--quantization calibrator` leaves them in BUNDLE/calibration; a graph without one stays "
         "float",
     )
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
         "--search-samples",
-        type=int,
+        type=positive_int,
         default=8,
         help="observations that guide auto's search (default: %(default)s)",
     )
     parser.add_argument(
         "--judge-samples",
-        type=int,
+        type=positive_int,
         default=16,
         help="held-out observations that judge the result (default: %(default)s)",
     )
     parser.add_argument(
         "--max-evaluations",
-        type=int,
+        type=positive_int,
         default=16,
         help="plans that auto measures at most (default: %(default)s)",
     )
-    parser.add_argument("--threads", type=int, help="CPU threads inside an operator")
+    parser.add_argument("--threads", type=positive_int, help="CPU threads inside an operator")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,13 +45,22 @@ def test_number_is_taken_within_its_range_and_refused_outside(
         (["verify", "--atol", "-1"], "--atol: expected a number above 0, not '-1'"),
         (["verify", "--samples", "0"], "--samples: expected a whole number of at least 1"),
         (["verify", "--episode", "-1"], "--episode: expected a whole number of at least 0"),
+        (["quantize", "--seed", "-1"], "--seed: expected a whole number from 0 to 4294967295"),
+        (["quantize", "--threads", "0"], "--threads: expected a whole number of at least 1"),
+        (["quantize", "--judge-samples", "0"], "--judge-samples: expected a whole number of"),
+        (["add-outliers", "--seed", "-1"], "--seed: expected a whole number from 0 to"),
+        (["compare-quantization", "--seed", "-1"], "--seed: expected a whole number from 0 to"),
+        (["compare-quantization", "--threads", "0"], "--threads: expected a whole number of"),
+        (["gpu-proof", "--samples", "0"], "--samples: expected a whole number of at least 1"),
+        (["gpu-proof", "--parallel", "0"], "--parallel: expected a whole number of at least 1"),
+        (["cost", "--denoising-steps", "3"], "--denoising-steps: invalid choice: 3"),
     ],
 )
 def test_option_out_of_range_is_a_usage_error_before_anything_is_done(
     words: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for package in ("torch", "rclpy"):
-        if words[0] in {"demo", "verify", "make-checkpoint"}:
+        if words[0] in {"demo", "verify", "make-checkpoint", "add-outliers"}:
             pytest.importorskip(package, reason=f"{words[0]} needs {package}")
     with pytest.raises(SystemExit) as caught:
         main([words[0], "--output", str(tmp_path / "out"), *words[1:]])

@@ -143,8 +143,9 @@ def test_library_that_is_missing_is_named_with_the_way_to_get_it(
     assert "Traceback" not in done.stderr
 
 
-def test_folder_that_is_no_bundle_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("command", ["build", "build-check"])
+def test_folder_that_is_no_bundle_is_refused_whatever_is_installed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    assert main(["build-check", "--bundle", str(tmp_path)]) == 2
+    assert main([command, "--bundle", str(tmp_path)]) == 2
     assert "is not a bundle" in capsys.readouterr().err
