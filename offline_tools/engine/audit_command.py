@@ -2,7 +2,8 @@
 
 Owns: the subcommand. Must not import torch. Without an engine it reads the bundle's graphs; with
 one, what TensorRT's own inspector said of it when it was built, or says now where a GPU is here.
-Exit code 1 means that a layer that should be INT8 is not known to be.
+Exit code 1 means that a layer that should be INT8 is not known to be; a folder of engines answers
+for both large graphs, so the layers of one that it lacks are not known.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from groot_int8_ros.errors import ConfigurationError, EngineError
@@ -22,6 +23,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     read_engine_manifest,
     rebuild_command,
 )
+from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.engines import LAYERS_SUFFIX
 from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
@@ -41,7 +43,10 @@ def configure(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--engines",
         type=Path,
-        help=f"audit every engine of this folder (one of {ENGINE_FOLDER}/* in the bundle)",
+        nargs="+",
+        metavar="DIR",
+        help=f"audit every engine of these folders ({ENGINE_FOLDER}/* in the bundle); the layers "
+        "of a large graph that has no engine there are not known to be anything",
     )
     parser.add_argument(
         "--time",
@@ -72,6 +77,10 @@ def run(args: argparse.Namespace) -> int:
     """Audit, print, and return 1 if a layer that should be INT8 is not known to be."""
     if args.engine is None and (args.kernels is not None or args.run_once):
         raise ConfigurationError("--kernels and --run-once are for one engine: name it (--engine)")
+    if args.engine is None and args.engines is None and args.time:
+        raise ConfigurationError(
+            "--time is for engines: name one (--engine) or their folder (--engines)"
+        )
     bundle = open_bundle(args.bundle, verify_hashes=False)
     if args.run_once:
         # Loading runs an engine once, to warm it up.
@@ -83,30 +92,83 @@ def run(args: argparse.Namespace) -> int:
         for name, verdicts in found.items():
             _print(name, verdicts, list_all=args.all)
     else:
-        ran = [] if args.kernels is None else read_kernels(_text(args.kernels))
-        found = {}
-        for path in _engines(args):
-            audit = _audit_engine(bundle, path, ran, time=args.time)
-            found[path.stem] = audit.verdicts
-            if args.all or args.time:
-                _print_layers(path.stem, audit, list_all=args.all)
-            _print(path.stem, audit.verdicts, list_all=args.all)
-            if audit.calibrated:
-                print(_what_a_calibrator_gave(path.stem, audit.verdicts))
+        found = _audit_engines(args, bundle)
     if args.json is not None:
         _write(args.json, found)
     return int(any(verdict.failed for verdicts in found.values() for verdict in verdicts))
 
 
-def _engines(args: argparse.Namespace) -> list[Path]:
+def _audit_engines(args: argparse.Namespace, bundle: Bundle) -> dict[str, list[LayerVerdict]]:
+    """Audit the engines that were named, print, and return their verdicts by engine."""
     if args.engine is not None:
-        return [args.engine]
-    paths = sorted(args.engines.glob(f"*{ENGINE_SUFFIX}"))
+        ran = [] if args.kernels is None else read_kernels(_text(args.kernels))
+        return {
+            args.engine.stem: _report(args, bundle, args.engine, args.engine.stem, ran).verdicts
+        }
+    found = {}
+    by_folder = {folder: _engines(folder, bundle) for folder in args.engines}
+
+    def named(path: Path) -> str:
+        return str(path.with_suffix("")) if len(by_folder) > 1 else path.stem
+
+    for folder, paths in by_folder.items():
+        calibrated = False
+        for path in paths:
+            name = named(path)
+            audit = _report(args, bundle, path, name, ())
+            found[name] = audit.verdicts
+            calibrated |= audit.calibrated
+        for graph in LARGE_GRAPHS[bundle.manifest.family]:
+            path = folder / f"{bundle.graph_path(graph).stem}{ENGINE_SUFFIX}"
+            if path not in paths:
+                name = named(path)
+                found[name] = _without_engine(bundle, graph, calibrated=calibrated)
+                print(f"{path} is missing. Build it: {rebuild_command(bundle.folder)}")
+                _print(name, found[name], list_all=args.all)
+    return found
+
+
+def _engines(folder: Path, bundle: Bundle) -> list[Path]:
+    paths = sorted(folder.glob(f"*{ENGINE_SUFFIX}"))
     if not paths:
         raise EngineError(
-            f"{args.engines} holds no engine. Build some: {rebuild_command(args.bundle)}"
+            f"{folder} holds no engine. Build some: {rebuild_command(bundle.folder)}"
         )
     return paths
+
+
+def _without_engine(bundle: Bundle, graph: str, *, calibrated: bool) -> list[LayerVerdict]:
+    """Return the verdicts of a graph that has no engine beside the others.
+
+    Args:
+        bundle: The bundle.
+        graph: The graph's name.
+        calibrated: Whether INT8 was asked of TensorRT's calibrator for the engines beside it.
+    """
+    return [
+        replace(
+            layer,
+            wanted=Precision.INT8 if calibrated else layer.wanted,
+            verdict=Precision.UNKNOWN,
+            evidence="the graph has no engine here",
+        )
+        for layer in audit_graph(
+            bundle.graph_path(graph), bundle.manifest.graphs[graph].quantization
+        )
+    ]
+
+
+def _report(
+    args: argparse.Namespace, bundle: Bundle, path: Path, name: str, ran: Sequence[str]
+) -> _EngineAudit:
+    """Audit an engine and print what was found under its name."""
+    audit = _audit_engine(bundle, path, ran, time=args.time)
+    if args.all or args.time:
+        _print_layers(name, audit, list_all=args.all)
+    _print(name, audit.verdicts, list_all=args.all)
+    if audit.calibrated:
+        print(_what_a_calibrator_gave(name, audit.verdicts))
+    return audit
 
 
 def count_products(graph: Path) -> int:

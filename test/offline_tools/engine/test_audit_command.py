@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Device
 from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest
 from offline_tools.cli import main
+from offline_tools.quantize.graph_audit import audit_graph
 
 _RECORDED = Path(__file__).parent / "recorded"
 
@@ -103,6 +105,86 @@ def test_engine_that_does_not_say_it_is_int8_fails(
     words = ["audit", "--bundle", str(int8_bundle), "--engines", str(recorded_engine.parent)]
     assert main(words) == 1
     assert "which the inspector does not open" in capsys.readouterr().out
+
+
+def _promise(bundle: Path, graph: str, reseal: Callable[[Path], None]) -> None:
+    """Let the manifest say that a graph's layers are INT8, as it says of the DiT's."""
+    path = bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    layers = audit_graph(open_bundle(bundle, verify_hashes=False).graph_path(graph), None)
+    content["graphs"][graph]["precision"] = "int8"
+    content["graphs"][graph]["quantization"] = {
+        **content["graphs"]["dit"]["quantization"],
+        "layers": {layer.layer: {"activation": "row"} for layer in layers},
+    }
+    path.write_text(json.dumps(content))
+    reseal(bundle)
+
+
+def _inspected_as_int8(bundle: Path, engine: Path) -> None:
+    """Write the inspection of an engine whose every layer of the DiT is an INT8 product."""
+    layers = [
+        {
+            "Name": f"{layer.layer}/MatMul",
+            "LayerType": "gemm",
+            "Inputs": [{"Name": "x", "Format/Datatype": "Int8"}],
+            "Outputs": [{"Name": "y", "Format/Datatype": "Half"}],
+            "TacticName": "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n",
+            "Metadata": f"[ONNX Layer: {layer.layer}/MatMul]",
+        }
+        for layer in audit_graph(bundle / "onnx" / "dit_model.onnx", None)
+    ]
+    engine.with_name("dit_model.layers.json").write_text(json.dumps({"Layers": layers}))
+
+
+@pytest.mark.parametrize("promised", [True, False])
+def test_large_graph_without_an_engine_is_no_pass_where_it_should_be_int8(
+    int8_bundle: Path,
+    recorded_engine: Path,
+    reseal: Callable[[Path], None],
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    promised: bool,
+) -> None:
+    if promised:
+        _promise(int8_bundle, "backbone", reseal)
+    _inspected_as_int8(int8_bundle, recorded_engine)
+    words = ["audit", "--bundle", str(int8_bundle), "--engines", str(recorded_engine.parent)]
+    report = tmp_path / "audit.json"
+    assert main([*words, "--json", str(report)]) == int(promised)
+    assert "backbone_model.engine is missing. Build it: groot-int8" in capsys.readouterr().out
+    verdicts = json.loads(report.read_text())
+    assert list(verdicts) == ["dit_model", "backbone_model"]
+    assert {layer["verdict"] for layer in verdicts["dit_model"]} == {"INT8"}
+    assert {layer["verdict"] for layer in verdicts["backbone_model"]} == {"UNKNOWN"}
+    assert {layer["evidence"] for layer in verdicts["backbone_model"]} == {
+        "the graph has no engine here"
+    }
+
+
+def test_several_folders_are_audited_each(
+    int8_bundle: Path, recorded_engine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(recorded_engine.parent, int8_bundle / "engines" / "10.3.0-test-sm87")
+    _inspected_as_int8(int8_bundle, recorded_engine)
+    report = tmp_path / "audit.json"
+    folders = [str(recorded_engine.parent), str(other)]
+    words = ["audit", "--bundle", str(int8_bundle), "--json", str(report), "--engines", *folders]
+    assert main(words) == 1
+    verdicts = json.loads(report.read_text())
+    assert {layer["verdict"] for layer in verdicts[f"{folders[0]}/dit_model"]} == {"INT8"}
+    assert "INT8" not in {layer["verdict"] for layer in verdicts[f"{folders[1]}/dit_model"]}
+    shutil.rmtree(other)
+    assert main(words) == 2
+    assert f"{other} holds no engine" in capsys.readouterr().err
+
+
+def test_options_of_engines_are_refused_without_one(
+    int8_bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--time", "--run-once"):
+        assert main(["audit", "--bundle", str(int8_bundle), option]) == 2
+        assert option in capsys.readouterr().err
 
 
 def test_kernels_of_a_run_decide(int8_bundle: Path, recorded_engine: Path, tmp_path: Path) -> None:
