@@ -366,6 +366,16 @@ def _plan(
     for name in names:
         record = bundle.manifest.graphs[name]
         precision, quantization = _precision_of(name, record, options)
+        if not library.strongly_typed:
+            from offline_tools.engine.known_faults import refuse_known_faults  # needs onnx
+
+            refuse_known_faults(
+                bundle.folder,
+                bundle.graph_path(name),
+                family=bundle.manifest.family,
+                quantization=quantization,
+                level=options.settings.level,
+            )
         cache = options.calibration_cache
         if cache is not None and cache.is_dir():
             cache = cache / f"{name}.cache"

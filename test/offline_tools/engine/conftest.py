@@ -12,14 +12,17 @@ from groot_int8_ros.policy.bundle import open_bundle
 
 
 @pytest.fixture
-def int8_graph(tiny_bundle: Path) -> Callable[[str, Path], Path]:
-    """Writes a graph of the tiny bundle, every layer INT8 and scaled row by row."""
+def int8_graph(tiny_bundle: Path) -> Callable[..., Path]:
+    """Writes (name, folder, bundle) a graph, every layer INT8 and scaled row by row.
+
+    It is the tiny bundle's where none is given.
+    """
     from groot_int8_ros.policy.quantization import LayerScheme
     from offline_tools.quantize.layers import find_layers, load_graph
     from offline_tools.quantize.qdq import quantize_graph
 
-    def write(name: str, folder: Path) -> Path:
-        source = open_bundle(tiny_bundle, verify_hashes=False).graph_path(name)
+    def write(name: str, folder: Path, bundle: Path = tiny_bundle) -> Path:
+        source = open_bundle(bundle, verify_hashes=False).graph_path(name)
         plan = {layer.name: LayerScheme("row") for layer in find_layers(load_graph(source))}
         target = folder / source.name
         quantize_graph(source, target, plan, None)
