@@ -29,6 +29,7 @@ from groot_int8_ros.policy.engines.engine_report import report_path
 from groot_int8_ros.policy.engines.tensorrt_manifest import engine_folder
 from groot_int8_ros.policy.families import DEPLOYED, FAMILIES
 from groot_int8_ros.policy.files import atomic_file, refuse_occupied, sha256_of_file
+from groot_int8_ros.policy.processor import load_processor
 from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.cli import EXIT_CHECK_FAILED
 from offline_tools.engine.library import open_library
@@ -45,6 +46,14 @@ from offline_tools.pipeline.step import (
     run_subcommand,
     write_state,
 )
+from offline_tools.quantize.command import parse_joint_limits
+from offline_tools.quantize.int8_bundle import (
+    AUTO,
+    FIXED_SCHEMES,
+    STATIC_CACHE,
+    check_limit_keys,
+    eligible_layers,
+)
 
 STEPS = (
     "export",
@@ -60,6 +69,8 @@ STEPS = (
 AUDIT_FILE = "audit.json"
 ENGINE_AUDIT_FILE = "audit_engines.json"
 
+# The scales of a calibrator's cache are for a graph that has been exported already.
+_SCHEMES = (AUTO, *(name for name in FIXED_SCHEMES if name != STATIC_CACHE))
 _MARKER = f"{STATE_FOLDER}/about.txt"
 
 # Seconds for each gigabyte of the checkpoint, measured on two x86-64 cores with the 5.9 GB of a
@@ -97,7 +108,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples", type=positive_int, default=128, help="as for calibrate (default: 128)"
     )
-    parser.add_argument("--scheme", default="auto", help="as for quantize (default: auto)")
+    parser.add_argument(
+        "--scheme", choices=_SCHEMES, default=AUTO, help="as for quantize (default: %(default)s)"
+    )
     parser.add_argument("--budget", type=positive_float, help="as for quantize")
     parser.add_argument("--max-joint-error", nargs="+", default=[], help="as for quantize")
     parser.add_argument("--layers", nargs="+", default=[], help="as for quantize")
@@ -125,6 +138,7 @@ def run(args: argparse.Namespace) -> int:
         if not folder.is_dir():
             raise ConfigurationError(f"no such folder: {folder}")
     refuse_occupied(output, marker=_MARKER, what="a pipeline's results", replace=True)
+    _check_limits(args)
     steps = _steps(args)
     _print_plan(steps, output, args.refresh)
     if args.plan:
@@ -136,6 +150,9 @@ def run(args: argparse.Namespace) -> int:
         refreshing |= step.name == args.refresh
         try:
             _bring_up_to_date(step, output, refresh=refreshing)
+            if step.name == "export" and args.layers:
+                # What --layers can name is known from here on, long before quantize asks.
+                eligible_layers(open_bundle(output / "float", verify_hashes=False), args.layers)
         except StepFailedError as error:
             if not (step.is_verdict and error.code == EXIT_CHECK_FAILED):
                 print(f"groot-int8 pipeline: stopped, since {error}")
@@ -163,6 +180,13 @@ def run(args: argparse.Namespace) -> int:
     )
     print(page + "\n" + "\n".join(str(output / "report" / name) for name in REPORT_FILES))
     return code
+
+
+def _check_limits(args: argparse.Namespace) -> None:
+    """Refuse joint limits that quantize would refuse, hours before it does."""
+    limits = parse_joint_limits(args.max_joint_error)
+    if limits:
+        check_limit_keys(limits, load_processor(args.checkpoint, args.embodiment))
 
 
 def _print_plan(steps: Sequence[Step], output: Path, refresh: str | None) -> None:
@@ -337,7 +361,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             output=int8_bundle,
             arguments=quantize_arguments,
             finish=replace_int8,
-            rough_s=rough_s("quantize auto" if args.scheme == "auto" else "quantize"),
+            rough_s=rough_s("quantize auto" if args.scheme == AUTO else "quantize"),
         ),
         Step(
             "build",

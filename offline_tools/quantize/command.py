@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 from groot_int8_ros.errors import ConfigurationError
-from offline_tools.arguments import positive_int, seed
+from offline_tools.arguments import positive_float, positive_int, seed
 from offline_tools.quantize.int8_bundle import (
     AUTO,
     DEFAULT_ALPHA,
@@ -113,7 +114,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the bundle and print what it is."""
     budget = args.budget
-    limits = _joint_limits(args.max_joint_error)
+    limits = parse_joint_limits(args.max_joint_error)
     if budget is None and args.scheme == AUTO and not limits:
         budget = DEFAULT_BUDGET
     result = quantize_bundle(
@@ -142,15 +143,26 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _joint_limits(texts: list[str]) -> dict[str, float]:
+def parse_joint_limits(texts: Iterable[str]) -> dict[str, float]:
+    """Read `--max-joint-error`.
+
+    Args:
+        texts: `UNITS` or `KEY=UNITS`.
+
+    Returns:
+        Action key to limit in the key's units; the key `""` stands for every key.
+
+    Raises:
+        ConfigurationError: A text is none of the two, or its number is not above 0.
+    """
     limits = {}
     for text in texts:
         key, _, number = text.rpartition("=")
         try:
-            limits[key] = float(number)
-        except ValueError as error:
+            limits[key] = positive_float(number)
+        except argparse.ArgumentTypeError as error:
             raise ConfigurationError(
-                f"--max-joint-error takes a number or KEY=NUMBER, not {text!r}"
+                f"--max-joint-error takes a number above 0 or KEY=NUMBER, not {text!r}"
             ) from error
     return limits
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from groot_int8_ros.policy.bundle import (
 )
 from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied, sha256_of_file
+from groot_int8_ros.policy.processor import Processor
 from groot_int8_ros.policy.quantization import CACHE, LayerScheme, QuantizationRecord
 from offline_tools.engine.calibration_cache import hash_of_graph, scales_for_graph
 from offline_tools.quantize.calibration_set import CalibrationSet
@@ -58,7 +59,7 @@ FIXED_SCHEMES: Mapping[str, LayerScheme] = {
     "row-smooth": LayerScheme("row", None, DEFAULT_ALPHA),
 }
 
-_STATIC_CACHE = "static-cache"
+STATIC_CACHE = "static-cache"
 
 # What bfloat16 alone costs the public reference: relative L2 of its actions against float32, on
 # its recorded test vectors.
@@ -150,6 +151,7 @@ def quantize_bundle(options: QuantizeOptions, report: Callable[[str], None]) -> 
     refuse_occupied(options.output)
     bundle = open_bundle(options.bundle)
     _refuse_quantized(bundle)
+    check_limit_keys(options.max_joint_error, bundle.processor)
     _check_caches(options, bundle)
     store = CaptureStore.open(options.calibration)
     calibration = CalibrationSet(store, bundle)
@@ -159,7 +161,7 @@ def quantize_bundle(options: QuantizeOptions, report: Callable[[str], None]) -> 
             "already: capture with the float bundle, groot-int8 calibrate --bundle "
             f"{options.bundle}"
         )
-    layers = _eligible(bundle, options.layers)
+    layers = eligible_layers(bundle, options.layers)
     _refuse_full_disk(bundle, options)
     if calibration.is_small:
         report(f"note: only {len(store)} calibration samples; static ranges are guesses")
@@ -231,7 +233,7 @@ class _Job:
     def _collect(self) -> None:
         if self._options.scheme == "row":
             return  # the one scheme that needs to know nothing
-        if self._options.scheme == _STATIC_CACHE:
+        if self._options.scheme == STATIC_CACHE:
             self._read_caches()
             return
         for graph, layers in self._layers.items():
@@ -471,9 +473,9 @@ def _check_options(options: QuantizeOptions) -> None:
         raise QuantizationError(
             f"unknown scheme {options.scheme!r}; choose one of {', '.join((AUTO, *FIXED_SCHEMES))}"
         )
-    if (options.scheme == _STATIC_CACHE) != bool(options.calibration_caches):
+    if (options.scheme == STATIC_CACHE) != bool(options.calibration_caches):
         raise QuantizationError(
-            f"the scheme {_STATIC_CACHE} and --calibration-cache go together: one says to take "
+            f"the scheme {STATIC_CACHE} and --calibration-cache go together: one says to take "
             "scales from a cache of TensorRT's calibrator, the other names it"
         )
     limits = [*options.max_joint_error.values()]
@@ -510,7 +512,34 @@ def _refuse_quantized(bundle: Bundle) -> None:
             )
 
 
-def _eligible(bundle: Bundle, patterns: Sequence[str]) -> dict[str, list[Layer]]:
+def check_limit_keys(limits: Iterable[str], processor: Processor) -> None:
+    """Refuse limits in joint units of what the policy does not move.
+
+    Args:
+        limits: Keys of `QuantizeOptions.max_joint_error`.
+        processor: Of the embodiment.
+
+    Raises:
+        QuantizationError: A key is none of the action keys.
+    """
+    known = [key.key for key in processor.action_keys]
+    for wanted in limits:
+        if wanted not in ("", *known):
+            raise QuantizationError(
+                f"--max-joint-error names {wanted!r}, and the action keys are {', '.join(known)}"
+            )
+
+
+def eligible_layers(bundle: Bundle, patterns: Sequence[str]) -> dict[str, list[Layer]]:
+    """Return the layers that may become INT8, by graph; a graph without any is left out.
+
+    Args:
+        bundle: The float bundle.
+        patterns: See `layers.select`.
+
+    Raises:
+        QuantizationError: A pattern matches nothing, or no layer is left.
+    """
     by_graph = {
         name: find_layers(load_graph(bundle.graph_path(name)))
         for name in LARGE_GRAPHS[bundle.manifest.family]
@@ -577,11 +606,6 @@ def _share(
     shares = [] if budget is None else [relative_l2_bound(errors, spread) / budget]
     for wanted, limit in options.max_joint_error.items():
         keys = [key for key in errors.max_error if wanted in ("", key)]
-        if not keys:
-            raise QuantizationError(
-                f"--max-joint-error names {wanted!r}, and the action keys are "
-                f"{', '.join(errors.max_error)}"
-            )
         shares += [one.max_error[key] / limit for one in (errors, *spread) for key in keys]
     return max(shares, default=None)
 

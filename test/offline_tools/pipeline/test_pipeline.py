@@ -298,6 +298,47 @@ def test_folder_of_something_else_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+@pytest.mark.parametrize("plan", [True, False])
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("wide", "KEY=NUMBER, not 'wide'"), ("0", "above 0"), ("wing=1", "names 'wing', and the")],
+)
+def test_limit_that_quantize_would_refuse_is_refused_before_the_first_step(
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    limit: str,
+    message: str,
+    plan: bool,
+) -> None:
+    words = [*arguments, "--output", str(tmp_path / "o"), "--max-joint-error", limit]
+    assert main(["pipeline", *words, *(["--plan"] if plan else [])]) == 2
+    assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("scheme", ["foo", "static-cache"])
+def test_scheme_that_quantize_would_refuse_is_a_usage_error(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], scheme: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["pipeline", *arguments, "--output", str(tmp_path / "o"), "--scheme", scheme])
+    assert caught.value.code == 2
+    assert f"--scheme: invalid choice: '{scheme}'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pattern_of_no_layer_is_refused_as_soon_as_there_is_a_graph(
+    arguments: list[str], output: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*arguments, "--output", str(output), "--layers", "no_such_block.*"]
+    assert main(["pipeline", *words]) == 2
+    printed = capsys.readouterr()
+    assert "the pattern 'no_such_block.*' matches no layer" in printed.err
+    assert "== export: up to date" in printed.out
+    assert "== verify" not in printed.out
+
+
 def test_missing_folder_is_named(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -250,8 +250,14 @@ def test_a_limit_in_joint_units_binds(fp16_bundle: Path, store: Path, tmp_path: 
     options = _options(fp16_bundle, store, tmp_path / "int8", max_joint_error={"gripper": 1e-6})
     with pytest.raises(QuantizationError, match="in joint units"):
         _quantize(options)
+
+
+def test_a_limit_of_an_unknown_key_is_refused_before_anything_is_read(
+    fp16_bundle: Path, tmp_path: Path
+) -> None:
+    options = _options(fp16_bundle, tmp_path / "no store yet", tmp_path / "int8")
     with pytest.raises(QuantizationError, match=r"names 'leg'.*single_arm, gripper"):
-        _quantize(replace(options, max_joint_error={"leg": 1.0}))
+        _quantize(replace(options, max_joint_error={"gripper": 1.0, "leg": 1.0}))
 
 
 def test_auto_keeps_a_limit_in_joint_units(fp16_bundle: Path, store: Path, tmp_path: Path) -> None:
@@ -419,10 +425,11 @@ def test_the_command_prints_schemes_size_and_error(
         assert wanted in printed
 
 
-def test_a_joint_limit_that_is_no_number_is_refused(
-    fp16_bundle: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("limit", ["arm=wide", "arm=0", "-1", "nan", ""])
+def test_a_joint_limit_that_is_no_number_above_zero_is_refused(
+    fp16_bundle: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], limit: str
 ) -> None:
     arguments = ["--bundle", str(fp16_bundle), "--calibration", str(store)]
-    output = ["--output", str(tmp_path / "int8"), "--max-joint-error", "arm=wide"]
+    output = ["--output", str(tmp_path / "int8"), "--max-joint-error", limit]
     assert main(["quantize", *arguments, *output]) == 2
-    assert "'arm=wide'" in capsys.readouterr().err
+    assert f"KEY=NUMBER, not {limit!r}" in capsys.readouterr().err
