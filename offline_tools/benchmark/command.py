@@ -17,6 +17,7 @@ from pathlib import Path
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines import ENGINE_KINDS
+from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk, Float32Array, Observation
@@ -40,6 +41,7 @@ from offline_tools.benchmark.runs import (
     relative_l2,
     run_interleaved,
 )
+from offline_tools.evaluate.same_policy import refuse_other_policy
 
 REPORT_FILE = "benchmark.json"
 PICTURE_FILE = "benchmark.png"
@@ -56,8 +58,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="+",
         required=True,
-        help="bundles of one robot, such as reference and deployed, float and INT8; the others "
-        "are measured by the first",
+        help="bundles of one checkpoint, such as reference and deployed, float and INT8; the "
+        "others are measured by the first",
     )
     add(
         "--engine",
@@ -113,6 +115,9 @@ class _Contender:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write JSON and a picture."""
+    if args.engine == "tensorrt":
+        # Here its absence is one sentence; in the process that measures memory it is a traceback.
+        import_tensorrt()
     output: Path = args.output or args.bundle[0] / REPORT_FOLDER
     refuse_occupied(output, marker=REPORT_FILE, what="a benchmark's report", replace=True)
     contenders = _open(args.bundle)
@@ -171,9 +176,12 @@ def _open(folders: Sequence[Path]) -> list[_Contender]:
     names = [folder.resolve().name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    return [
+    found = [
         _Contender(name, open_bundle(folder)) for name, folder in zip(names, folders, strict=True)
     ]
+    for other in found[1:]:
+        refuse_other_policy(found[0].bundle, other.bundle)
+    return found
 
 
 def _inputs(args: argparse.Namespace, bundles: Sequence[Bundle]) -> FrozenInputs:

@@ -35,8 +35,8 @@ from offline_tools.evaluate.open_loop import (
     plan_trajectories,
     predicted_actions,
     recorded_errors,
-    refuse_other_policy,
 )
+from offline_tools.evaluate.same_policy import refuse_other_policy
 
 REPORT_FILE = "open_loop.json"
 REPORT_FOLDER = "reports/open_loop"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -97,6 +98,45 @@ def test_inputs_of_another_robot_are_refused_by_what_differs(
     (tmp_path / "no.npz").write_bytes(b"PK\x03\x04 nothing")
     with pytest.raises(ConfigurationError, match="--write-inputs"):
         read_inputs(tmp_path / "no.npz")
+
+
+def _without_instructions_of_another_robot(manifest: dict[str, Any]) -> None:
+    manifest["robot"]["action_period_s"] = 9.0
+    manifest["prompts"]["instructions"].clear()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(checkpoint_sha256="0" * 64), "has another checkpoint than"),
+        # And not that the banks have no instruction in common.
+        (_without_instructions_of_another_robot, "has another robot description"),
+    ],
+)
+def test_bundles_of_different_policies_are_not_compared(
+    small_deployed: Path,
+    small_copy: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: Callable[[dict[str, Any]], None],
+    message: str,
+) -> None:
+    manifest = small_copy / "manifest.json"
+    content = json.loads(manifest.read_text())
+    change(content)
+    manifest.write_text(json.dumps(content))
+    command = ["benchmark", "--bundle", str(small_deployed), str(small_copy), "--no-memory"]
+    assert main([*command, "--rounds", "1"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_missing_tensorrt_is_told_before_anything_is_measured(
+    small_copy: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    assert main(["benchmark", "--bundle", str(small_copy), "--engine", "tensorrt"]) == 2
+    told = capsys.readouterr().err
+    assert "TensorRT cannot be imported" in told
+    assert "measuring the memory" not in told
 
 
 def _contender(log: list[str], name: str, seconds: Callable[[int], float]) -> runs.Answer:
