@@ -56,6 +56,11 @@ PRECISIONS = ("fp32", "fp16", "int8")
 _EXPORT_AGAIN = (
     "Export it again: groot-int8 export --checkpoint CHECKPOINT --bundle {folder} --force"
 )
+# An export into its folder would put a float bundle in its place.
+_QUANTIZE_AGAIN = (
+    "It is an INT8 bundle: quantise its float bundle again: groot-int8 quantize --bundle "
+    "FLOAT_BUNDLE --calibration CAPTURES --output NEW_FOLDER"
+)
 
 
 @dataclass(frozen=True)
@@ -116,6 +121,11 @@ class Manifest:
         """Names of the graphs that an engine runs, in the order of the runs."""
         return engine_graphs(self.family)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether a graph is INT8, so that `groot-int8 quantize` made the bundle."""
+        return any(graph.quantization is not None for graph in self.graphs.values())
+
     def files_of(self, graph: str) -> tuple[str, ...]:
         """Return the files a graph consists of: itself and its external data."""
         own = self.graphs[graph].file
@@ -168,6 +178,11 @@ class Bundle:
         return self.folder / self.manifest.graphs[name].file
 
     @property
+    def make_again(self) -> str:
+        """The sentence that says which command makes it again."""
+        return _make_again(self.folder, is_quantized=self.manifest.is_quantized)
+
+    @property
     def tokenizer_path(self) -> Path:
         """The tokenizer's file."""
         return self.folder / TOKENIZER_FILE
@@ -200,7 +215,7 @@ class Bundle:
             }:
                 raise BundleError(
                     f"{record.file}: the {direction} are {_describe(found)}, but the manifest "
-                    f"says {_describe(wanted)}. " + _EXPORT_AGAIN.format(folder=self.folder)
+                    f"says {_describe(wanted)}. " + self.make_again
                 )
 
 
@@ -240,7 +255,8 @@ def open_bundle(
 
     for name, (sha256, size) in manifest.files.items():
         is_read = verify_hashes and name not in unread
-        _check_file(folder, name, sha256, size, tell if is_read else None)
+        again = _make_again(folder, is_quantized=manifest.is_quantized)
+        _check_file(folder, name, sha256, size, again, tell if is_read else None)
     processor = load_processor(folder, manifest.embodiment)
     bundle = Bundle(folder=folder, manifest=manifest, processor=processor)
     _check_robot(bundle)
@@ -273,14 +289,26 @@ def _read_manifest(folder: Path) -> Manifest:
     if schema != SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {schema!r}, and groot_int8_ros {__version__} reads "
-            f"{SCHEMA_VERSION}. " + _EXPORT_AGAIN.format(folder=folder)
+            f"{SCHEMA_VERSION}. " + _make_again(folder, is_quantized=_says_quantized(content))
         )
     try:
         return _parse_manifest(content, str(path))
     except (_FieldError, ConfigurationError) as error:
         raise BundleError(
-            f"{path} is damaged: {error}. " + _EXPORT_AGAIN.format(folder=folder)
+            f"{path} is damaged: {error}. "
+            + _make_again(folder, is_quantized=_says_quantized(content))
         ) from error
+
+
+def _make_again(folder: Path, *, is_quantized: bool) -> str:
+    return _QUANTIZE_AGAIN if is_quantized else _EXPORT_AGAIN.format(folder=folder)
+
+
+def _says_quantized(content: object) -> bool:
+    """Whether a manifest that cannot be parsed records a quantisation all the same."""
+    graphs = content.get("graphs") if isinstance(content, dict) else None
+    records = graphs.values() if isinstance(graphs, dict) else ()
+    return any(isinstance(record, dict) and "quantization" in record for record in records)
 
 
 def _parse_manifest(content: Mapping[str, Any], source: str) -> Manifest:
@@ -453,11 +481,15 @@ def _describe(specs: Mapping[str, TensorSpec]) -> str:
 
 
 def _check_file(
-    folder: Path, name: str, sha256: str, size: int, progress: Callable[[int], None] | None
+    folder: Path,
+    name: str,
+    sha256: str,
+    size: int,
+    again: str,
+    progress: Callable[[int], None] | None,
 ) -> None:
     # Without `progress` the size alone is compared.
     path = folder / name
-    again = _EXPORT_AGAIN.format(folder=folder)
     try:
         if not path.is_file():
             raise BundleError(f"the bundle lacks {path}. {again}")
@@ -493,7 +525,7 @@ def _check_robot(bundle: Bundle) -> None:
     if found != wanted:
         raise BundleError(
             f"{bundle.folder / MANIFEST_FILE}: cameras and joints {found} do not fit the "
-            f"processor files' {wanted}. " + _EXPORT_AGAIN.format(folder=bundle.folder)
+            f"processor files' {wanted}. " + bundle.make_again
         )
 
 
@@ -509,7 +541,4 @@ def _check_deployed(bundle: Bundle) -> None:
         state_dim=processor.max_state_dim,
     )
     if fault:
-        raise BundleError(
-            f"{bundle.folder / MANIFEST_FILE}: {fault}. "
-            + _EXPORT_AGAIN.format(folder=bundle.folder)
-        )
+        raise BundleError(f"{bundle.folder / MANIFEST_FILE}: {fault}. " + bundle.make_again)

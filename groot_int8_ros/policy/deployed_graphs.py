@@ -78,6 +78,7 @@ class DeployedGraphs(PolicyGraphs[DeployedInputs, NDArray[Any]]):
             },
             has_prefix_model=manifest.has_prefix_model,
             encode=self.prefix_ids,
+            make_again=bundle.make_again,
         )
 
     def prefix_ids(self, instruction: str) -> Int64Array:
@@ -171,7 +172,6 @@ class DeployedGraphs(PolicyGraphs[DeployedInputs, NDArray[Any]]):
         if built != layout.live_length:
             raise BundleError(
                 f"{bundle.folder}: the backbone was exported for {built} tokens behind the "
-                f"instruction, and its tokenizer and cameras give {layout.live_length}. Export it "
-                f"again: groot-int8 export --checkpoint CHECKPOINT --bundle {bundle.folder} "
-                "--force"
+                f"instruction, and its tokenizer and cameras give {layout.live_length}. "
+                + bundle.make_again
             )

@@ -194,6 +194,7 @@ class PromptBank:
         specs: Mapping[str, TensorSpec],
         has_prefix_model: bool,
         encode: Callable[[str], Int64Array],
+        make_again: str,
     ) -> None:
         """Read and check every prefix of a bundle.
 
@@ -204,11 +205,13 @@ class PromptBank:
             specs: Inputs of the graphs, for types and shapes of the four prefix tensors.
             has_prefix_model: Whether a new instruction can be computed here.
             encode: Token ids of an instruction's prefix.
+            make_again: The sentence that says which command makes the bundle again.
 
         Raises:
             BundleError: A prefix is damaged, of another checkpoint, tokenizer or length.
         """
         self._folder = folder
+        self._make_again = make_again
         self._length = records.length
         self._checkpoint_sha256 = checkpoint_sha256
         self._specs = {name: specs[name] for name in _TENSORS}
@@ -350,6 +353,5 @@ class PromptBank:
     def _refused(self, what: object, reason: str) -> BundleError:
         return BundleError(
             f"{what}: {reason}. Add its instruction again: groot-int8 add-instruction --bundle "
-            f"{self._folder} TEXT (or export again: groot-int8 export --bundle {self._folder} "
-            "--force)"
+            f"{self._folder} TEXT. Or make the bundle again. {self._make_again}"
         )

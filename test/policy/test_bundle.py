@@ -204,6 +204,47 @@ def test_damaged_bundle_is_refused_with_the_reason_and_the_way_out(
     assert str(caught.value).endswith(f"--bundle {bundle_copy} --force")
 
 
+def _say_int8(manifest: Json) -> None:
+    manifest["graphs"]["dit"].update(
+        precision="int8",
+        quantization={
+            "scheme": "row",
+            "source_sha256": "a" * 64,
+            "calibration_sha256": None,
+            "calibration_samples": 0,
+            "seed": 0,
+            "options": {},
+            "errors": {},
+            "layers": {"blocks.0": {"activation": "row"}},
+        },
+    )
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "older schema",
+        "weights cut short",
+        "statistics edited",
+        "a graph missing",
+        "another camera",
+    ],
+)
+def test_damaged_int8_bundle_brings_no_advice_to_put_a_float_one_in_its_place(
+    bundle_copy: Path, damage: str
+) -> None:
+    _edit(bundle_copy, _say_int8)
+    assert open_bundle(bundle_copy).manifest.is_quantized
+    harm, message = _DAMAGES[damage]
+    if damage == "a graph missing":
+        harm, message = lambda b: _edit(b, lambda m: m["graphs"].pop("backbone")), "no graph"
+    harm(bundle_copy)
+    with pytest.raises(BundleError, match=message) as caught:
+        open_bundle(bundle_copy)
+    assert "groot-int8 quantize --bundle FLOAT_BUNDLE" in str(caught.value)
+    assert "--force" not in str(caught.value)
+
+
 def _make_a_file(folder: Path) -> None:
     shutil.rmtree(folder)
     folder.write_text("no folder")

@@ -133,6 +133,7 @@ def test_prefix_that_belongs_elsewhere_is_refused_by_name(
     with pytest.raises(BundleError, match=message) as caught:
         Policy.load(small_copy)
     assert f"groot-int8 add-instruction --bundle {small_copy}" in str(caught.value)
+    assert f"export --checkpoint CHECKPOINT --bundle {small_copy}" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -178,6 +179,7 @@ def _bank(folder: Path, graphs: DeployedGraphs, prefixes: list[PromptPrefix]) ->
         specs=graphs.bank._specs,
         has_prefix_model=True,
         encode=ids.__getitem__,
+        make_again="",
     )
 
 
