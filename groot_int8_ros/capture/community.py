@@ -241,7 +241,7 @@ class _Archive:
                 raise CaptureError(
                     f"{path} lacks {', '.join(missing)}. A set for the backbone has "
                     f"{', '.join(_KEYS['backbone'])}; one for the DiT has "
-                    f"{', '.join(_KEYS['dit'])}. Capture it again with both masks."
+                    f"{', '.join(_KEYS['dit'])}. Capture it again with them."
                 )
             with self.naming_damage():
                 self._check_shapes()
@@ -364,7 +364,8 @@ def _dit_samples(
         row = dict(zip(names, arrays, strict=True))
         same = bool(group) and (
             int(row["timestep"][0]) > int(group[-1]["timestep"][0])
-            and np.array_equal(row["vl_embs"], group[0]["vl_embs"])
+            # A NaN is refused by its name later, and is no other observation.
+            and np.array_equal(row["vl_embs"], group[0]["vl_embs"], equal_nan=True)
         )
         if group and not same:
             raise CaptureError(

@@ -133,8 +133,15 @@ class ActionRunner:
             if not known or (family == REFERENCE and sample.normalised_state is None):
                 raise QuantizationError(
                     f"the sample {sample.source} lacks backbone inputs, normalised state or "
-                    "noise, which the policy needs to answer it. Compute them: groot-int8 "
-                    "calibrate --bundle BUNDLE --complete STORE --output NEW_FOLDER"
+                    "noise, which the policy needs to answer it. "
+                    + (
+                        "An import holds one graph's inputs and no more, and no frames to compute "
+                        "the others from: capture again, groot-int8 calibrate --bundle BUNDLE "
+                        "--dataset DATASET"
+                        if sample.images is None
+                        else "Compute them: groot-int8 calibrate --bundle BUNDLE --complete STORE "
+                        "--output NEW_FOLDER"
+                    )
                 )
         self._bundle = bundle
         self._samples = samples

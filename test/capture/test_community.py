@@ -188,7 +188,7 @@ def test_archive_without_a_key_is_refused_by_the_keys_name(
     arrays = load(tmp_path / "out")
     # The first port writes no masks where its model gave none.
     less = {n: a for n, a in arrays.items() if n not in ("image_mask", "timestep")}
-    refused(write(tmp_path / "a", less), manifest, "lacks timestep, image_mask")
+    refused(write(tmp_path / "a", less), manifest, r"lacks timestep, image_mask.*again with them")
     refused(write(tmp_path / "b", {"weights": np.zeros(3)}), manifest, "lacks input_ids")
     refused(tmp_path / "nothing.npz", manifest, "there is no")
 
@@ -236,6 +236,9 @@ def test_damaged_archive_or_nan_is_refused_and_leaves_nothing(
     spoilt = arrays | {"sa_embs": arrays["sa_embs"].copy()}
     spoilt["sa_embs"][-1, 0, 0] = np.nan
     refused(write(tmp_path / "nan", spoilt), manifest, "observation 2: array dit/sa_embs")
+    spoilt = arrays | {"vl_embs": arrays["vl_embs"].copy()}
+    spoilt["vl_embs"][-manifest.denoising_steps :, 0, 0] = np.nan
+    refused(write(tmp_path / "nan_embs", spoilt), manifest, "observation 2: array dit/vl_embs")
     objects = arrays | {"vl_embs": np.array([None] * len(arrays["vl_embs"]), dtype=object)}
     refused(write(tmp_path / "object", objects), manifest, "cannot be read")
 

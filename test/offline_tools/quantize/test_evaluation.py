@@ -1,12 +1,19 @@
-"""A few samples are not all observations: the bound has to hold on those to come."""
+"""Hazards of judging on samples: a few are not all observations, and some cannot be answered."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from groot_int8_ros.capture.sample import CaptureSample
+from groot_int8_ros.capture.store import CaptureStore
+from groot_int8_ros.errors import QuantizationError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.types import Float64Array
-from offline_tools.quantize.evaluation import ActionErrors, relative_l2_bound
+from offline_tools.quantize.evaluation import ActionErrors, ActionRunner, relative_l2_bound
 
 
 def _errors(squares: Float64Array) -> ActionErrors:
@@ -43,3 +50,24 @@ def test_one_sample_says_nothing_of_the_spread_and_nothing_hides_infinity() -> N
     assert relative_l2_bound(one) == one.relative_l2
     broken = ActionErrors(np.inf, 0.0, {}, {}, np.inf, np.full((2, 2), np.inf))
     assert relative_l2_bound(broken) == np.inf
+
+
+def test_sample_that_lacks_inputs_is_sent_to_the_command_that_can_help(
+    fp16_bundle: Path, store: Path
+) -> None:
+    bundle = open_bundle(fp16_bundle, verify_hashes=False)
+    sample = next(CaptureStore.open(store).samples())
+
+    def advice(lacking: CaptureSample) -> str:
+        with pytest.raises(QuantizationError, match="lacks backbone inputs") as caught:
+            ActionRunner(bundle, [lacking])
+        return str(caught.value)
+
+    frames = {
+        camera.key: np.zeros((2, 2, 3), np.uint8) for camera in bundle.manifest.robot.cameras
+    }
+    assert "--complete STORE" in advice(replace(sample, backbone=None, images=frames))
+    # As an import of the DiT's inputs is.
+    imported = advice(replace(sample, backbone=None, noise=None, images=None))
+    assert "--complete" not in imported
+    assert "capture again, groot-int8 calibrate --bundle BUNDLE --dataset" in imported
