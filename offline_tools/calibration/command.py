@@ -12,6 +12,7 @@ from pathlib import Path
 from groot_int8_ros.capture.coverage import measure_coverage
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy
 from offline_tools import arguments
 from offline_tools.calibration.run import Skipped, Source, capture, complete
@@ -38,8 +39,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--samples",
         type=arguments.positive_int,
-        default=DEFAULT_SAMPLES,
-        help="observations to keep, spread over the recording (default: %(default)s)",
+        help="observations to keep, spread over the recording "
+        f"(default: {DEFAULT_SAMPLES}; not with --complete, which keeps all)",
     )
     parser.add_argument(
         "--seed",
@@ -72,6 +73,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Capture or complete, print the coverage report and write it beside the samples."""
+    _refuse_unused(args)
+    _refuse_int8(args.bundle)
     output: Path = args.output or args.bundle / CALIBRATION_FOLDER
     captured = CaptureStore.open(args.complete) if args.complete else None
     policy = Policy.load(args.bundle, threads=args.threads)
@@ -83,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
                 policy,
                 _source(policy, args),
                 output,
-                samples=args.samples,
+                samples=args.samples or DEFAULT_SAMPLES,
                 seed=args.seed,
                 keep_images=args.keep_images,
                 resume=args.resume,
@@ -97,6 +100,26 @@ def run(args: argparse.Namespace) -> int:
     print(coverage.to_text(), end="")
     print(f"{output}: {len(store)} samples, content SHA-256 {store.content_sha256}")
     return 0
+
+
+def _refuse_unused(args: argparse.Namespace) -> None:
+    """Refuse options that the source of the observations has no use for."""
+    if args.params_file is not None and args.bag is None:
+        raise ConfigurationError("--params-file says topics and joints of --bag, so it needs one")
+    if args.samples is not None and args.complete is not None:
+        raise ConfigurationError(
+            "--samples chooses from a recording, and --complete keeps every sample of its store: "
+            "leave one of them out"
+        )
+
+
+def _refuse_int8(folder: Path) -> None:
+    # The policy reads the files once more and compares their hashes.
+    if open_bundle(folder, verify_hashes=False).manifest.is_quantized:
+        raise ConfigurationError(
+            f"{folder} is an INT8 bundle: ranges are measured on what the float graphs are given. "
+            "Give the float bundle that it was made of"
+        )
 
 
 def _source(policy: Policy, args: argparse.Namespace) -> Source:

@@ -132,9 +132,11 @@ def capture(
     report(f"{offered} usable observations, {len(chosen)} chosen")
     with CaptureWriter(output, meta, resume=resume) as writer:
         done = writer.sources
+        not_chosen = set(done)
         progress = _Progress(len(chosen), report)
         for one in source.observations(frozenset(chosen)):
             progress.step()
+            not_chosen.discard((one.source, one.stamp_ns))
             if (one.source, one.stamp_ns) in done:
                 continue
             try:
@@ -144,6 +146,11 @@ def capture(
                 continue
             writer.add(sample)
         writer.flush(offered)
+    if not_chosen:
+        report(
+            f"{output} keeps {len(not_chosen)} samples of the earlier run that are not among the "
+            f"{len(chosen)} chosen now; for these alone, capture into another folder"
+        )
     return CaptureRun(CaptureStore.open(output, verify_hashes=False), offered, skipped)
 
 

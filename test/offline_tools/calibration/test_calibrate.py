@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tracemalloc
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -534,6 +535,7 @@ def test_command_writes_store_and_coverage_and_names_what_is_thin(
     [
         (["--episodes", "x"], "no list such as"),
         (["--episodes", "7"], "no episode 7"),
+        (["--params-file", "robot.yaml"], "--params-file says topics and joints of --bag"),
     ],
 )
 def test_wrong_options_are_one_message_and_leave_nothing(
@@ -549,3 +551,58 @@ def test_wrong_options_are_one_message_and_leave_nothing(
     assert run_command(*base, *options) == 2
     assert message in capsys.readouterr().err
     assert not output.exists()
+
+
+def test_completing_takes_no_number_of_samples(
+    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--bundle", tiny_bundle, "--complete", tmp_path / "store", "--samples", 4)
+    assert run_command(*options) == 2
+    assert "--complete keeps every sample" in capsys.readouterr().err
+
+
+def test_int8_bundle_is_refused_before_it_is_run(
+    tiny_dataset: Path, bundle_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = bundle_copy / "manifest.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["dit"] |= {
+        "precision": "int8",
+        "quantization": {
+            "scheme": "row",
+            "source_sha256": "a" * 64,
+            "calibration_sha256": None,
+            "calibration_samples": 0,
+            "seed": 0,
+            "options": {},
+            "errors": {},
+            "layers": {"blocks.0": {"activation": "row"}},
+        },
+    }
+    path.write_text(json.dumps(content))
+    assert run_command("--bundle", bundle_copy, "--dataset", tiny_dataset) == 2
+    assert "Give the float bundle" in capsys.readouterr().err
+    assert not (bundle_copy / "calibration").exists()
+
+
+def test_resumed_store_with_more_than_is_asked_for_says_so(
+    policy: Policy, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    told: list[str] = []
+
+    def run(samples: int) -> int:
+        done = capture(
+            policy,
+            DatasetSource(tiny_dataset, policy),
+            tmp_path / "store",
+            samples=samples,
+            seed=SEED,
+            resume=True,
+            report=told.append,
+        )
+        return len(done.store)
+
+    assert run(3) == run(3) == 3
+    assert not [line for line in told if "keeps" in line]
+    assert run(2) >= 3
+    assert re.search(r"store keeps [1-3] samples .* not among the 2 chosen now", told[-1])
