@@ -86,10 +86,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--denoising-steps", type=int, choices=(1, 2, 4), help="as for export")
     parser.add_argument(
-        "--calibration-samples", type=int, default=16, help="observations (default: %(default)s)"
+        "--calibration-samples",
+        type=positive_int,
+        default=16,
+        help="observations (default: %(default)s)",
     )
     parser.add_argument(
-        "--evaluation-samples", type=int, default=8, help="others (default: %(default)s)"
+        "--evaluation-samples", type=positive_int, default=8, help="others (default: %(default)s)"
     )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
     parser.add_argument(
@@ -143,8 +146,6 @@ class _Source:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if min(args.calibration_samples, args.evaluation_samples) < 1:
-        raise ConfigurationError("--calibration-samples and --evaluation-samples: at least 1")
     if args.bundle and args.variants != list(VARIANTS) and args.variants != [PLAIN]:
         raise ConfigurationError(
             "--variants edit a checkpoint's weights: give --checkpoint instead of --bundle"

@@ -51,6 +51,7 @@ def test_number_is_taken_within_its_range_and_refused_outside(
         (["add-outliers", "--seed", "-1"], "--seed: expected a whole number from 0 to"),
         (["compare-quantization", "--seed", "-1"], "--seed: expected a whole number from 0 to"),
         (["compare-quantization", "--threads", "0"], "--threads: expected a whole number of"),
+        (["compare-quantization", "--evaluation-samples", "0"], "--evaluation-samples: expected"),
         (["gpu-proof", "--samples", "0"], "--samples: expected a whole number of at least 1"),
         (["gpu-proof", "--parallel", "0"], "--parallel: expected a whole number of at least 1"),
         (["cost", "--denoising-steps", "3"], "--denoising-steps: invalid choice: 3"),

@@ -90,6 +90,11 @@ def test_an_error_of_one_joint_stays_with_that_joint(
     assert errors.mae == pytest.approx(3.0 / 6)
 
 
+def test_a_trajectory_named_twice_counts_once(bundle: Bundle, tiny_dataset: Path) -> None:
+    (found,) = plan_trajectories(bundle, tiny_dataset, [0, 0])
+    assert found.episode.index == 0
+
+
 def test_a_trajectory_shorter_than_asked_is_evaluated_to_its_end(
     bundle: Bundle, tiny_dataset: Path
 ) -> None:
