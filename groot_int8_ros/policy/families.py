@@ -41,7 +41,9 @@ DEPLOYED = "deployed"
 # bundle may lack it.
 PREFIX_GRAPH = "prefix"
 
-# Family to its graphs in the order in which they run, each with the file that holds it.
+# Family to its graphs in the order in which they run, each with the file that holds it. They are
+# loaded in this order too, and it matters: while an engine is loaded, its mapped file may be in
+# memory beside its weights, so the largest, the backbone, comes when nothing else is there yet.
 GRAPH_FILES: Mapping[str, Mapping[str, str]] = {
     REFERENCE: {
         "backbone": "backbone_model.onnx",

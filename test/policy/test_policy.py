@@ -235,6 +235,16 @@ def test_answer_that_is_not_finite_never_becomes_a_chunk(
     policy.close()
 
 
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "small_deployed"])
+def test_backbone_the_largest_engine_is_loaded_while_memory_is_empty(
+    request: pytest.FixtureRequest, fixture: str
+) -> None:
+    told: list[str] = []
+    folder = request.getfixturevalue(fixture)
+    Policy.load(folder, threads=1, verify_hashes=False, progress=told.append).close()
+    assert next(text for text in told if "loading" in text).startswith("loading backbone ")
+
+
 def test_policy_that_was_closed_says_so(tiny_bundle: Path) -> None:
     policy = Policy.load(tiny_bundle, threads=1)
     observation = _observation(policy)
