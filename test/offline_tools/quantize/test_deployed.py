@@ -16,6 +16,7 @@ from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.engine.rtx import check_build
 from offline_tools.engine.verdicts import Precision
+from offline_tools.engine.weight_form import write_with_float_weights
 from offline_tools.quantize.arithmetic import rotation_block
 from offline_tools.quantize.graph_audit import audit_bundle
 from offline_tools.quantize.int8_bundle import QuantizeOptions, quantize_bundle
@@ -24,6 +25,13 @@ from offline_tools.quantize.qdq import quantize_graph
 from offline_tools.quantize.search import section
 from offline_tools.quantize.sensitivity import Group
 from offline_tools.quantize.statistics import collect
+
+# Operators of TensorRT 8.6 that quantising may add to those of the float graph.
+_ADDED = {"Abs", "DequantizeLinear", "Div", "Max", "QuantizeLinear", "ReduceMax"}
+
+
+def _operators(graph: Path) -> set[str]:
+    return {node.op_type for node in load_graph(graph).graph}
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +91,18 @@ def test_layers_are_the_networks_and_nothing_around_it(fp16_deployed: Path) -> N
         "action_head.context.image.kv",
         "action_head.transformer_blocks",
     }
+
+
+@pytest.mark.parametrize("graph", ["backbone", "action_head"])
+def test_quantising_adds_operators_of_tensorrt_8_6_alone(
+    int8: Path, fp16_deployed: Path, graph: str, tmp_path: Path
+) -> None:
+    before = _operators(open_bundle(fp16_deployed, verify_hashes=False).graph_path(graph))
+    quantised = open_bundle(int8, verify_hashes=False).graph_path(graph)
+    assert "QuantizeLinear" in _operators(quantised) <= before | _ADDED
+    # The form that 8.6 is given.
+    write_with_float_weights(quantised, tmp_path / quantised.name)
+    assert _operators(tmp_path / quantised.name) <= before | _ADDED
 
 
 def test_every_layer_is_int8_in_every_step_and_what_carries_pixels_and_actions_is_float(
@@ -174,6 +194,7 @@ def test_tensorrt_rtx_builds_what_is_migrated_from_float32_and_what_is_rotated(
     statistics = None if rotated else collect(source, lambda: iter([feed]), threads=1)
     quantize_graph(source, target, plan, statistics)
     assert not rotated or any(one.rotation for one in plan.values())
+    assert _operators(target) <= _operators(source) | _ADDED
     result = check_build(target, replace(record, precision="int8"), {})
     assert result.engine_bytes > 0
 

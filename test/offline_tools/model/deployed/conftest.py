@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from groot_int8_ros.policy.preprocess import pixel_values
 from groot_int8_ros.policy.processor import ImageChain, load_processor
 from groot_int8_ros.policy.token_layout import TokenLayout, layout_of, padded_left, split_prompt
 from groot_int8_ros.policy.types import CameraSpec, Int64Array, UInt8Array
+from offline_tools.demo.random_checkpoint import SIZES
 from offline_tools.export.deployed_backbone import backbone_graph
 from offline_tools.export.deployed_stages import StageGraph
 from offline_tools.export.graph import WeightSource
@@ -251,6 +252,21 @@ class Scene:
         return self.relative_error(found, self.live(self.reference))
 
 
+@dataclass(frozen=True)
+class TrueWidth:
+    """A model as wide as the public one, of few layers, whose weights are zeros.
+
+    Attributes:
+        config: Sizes of the model.
+        checkpoint: Gives a tensor by its key in the released layout.
+        case: One camera's.
+    """
+
+    config: ModelConfig
+    checkpoint: WeightSource
+    case: BackboneCase
+
+
 def fill(module: nn.Module, source: WeightSource) -> None:
     """Give every parameter of a module its value in float32, and every constant its own."""
     fill_constants(module)
@@ -321,6 +337,29 @@ def random_scene() -> Scene:
             for camera in cameras
         ),
         np.array(ids),
+    )
+
+
+@pytest.fixture(scope="session")
+def true_width() -> TrueWidth:
+    """A layer of each kind. Tracing reads next to none of the weights."""
+    full = SIZES["full"]
+    config = replace(
+        full,
+        vision=replace(full.vision, layers=1),
+        language=replace(full.language, layers=1),
+        # Cross-attention to text, self-attention, cross-attention to images.
+        dit=replace(full.dit, layers=3),
+    )
+    shapes = expected_keys(config)
+    image = config.language.image_token_id
+    # 256 x 256 pixels: 8 x 8 tokens.
+    layout = layout_of([5, 9, 11, 5, 7, *[image] * 64, 8, 3, 4], image, 8)
+    cameras = (CameraSpec("front", 256, 256),)
+    return TrueWidth(
+        config,
+        lambda key: torch.zeros(shapes[key], dtype=torch.bfloat16),
+        BackboneCase(config, cameras, ImageChain(256, 0.95), layout),
     )
 
 

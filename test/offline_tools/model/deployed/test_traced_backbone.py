@@ -29,7 +29,7 @@ from offline_tools.model.deployed.prefix import OUTPUTS
 from offline_tools.quantize.layers import find_layers, load_graph
 
 if TYPE_CHECKING:
-    from test.offline_tools.model.deployed.conftest import Scene
+    from test.offline_tools.model.deployed.conftest import Scene, TrueWidth
 
 PADDING = 3
 
@@ -121,6 +121,23 @@ def test_graph_has_the_contract_of_the_deployed_family(traced: Traced) -> None:
     frames = {name for name in values if name.startswith("image_")}
     readers = [node for node in graph.node if frames & set(node.input)]
     assert {node.op_type for node in readers} == {"Cast"}
+
+
+def test_true_width_brings_no_other_operator(true_width: TrueWidth) -> None:
+    # What is computed from constants is folded up to 1024 elements only: wider than any of the
+    # graphs that are traced above.
+    case = true_width.case
+    graph = deployed_backbone(
+        case.config,
+        true_width.checkpoint,
+        cameras=case.cameras,
+        image_chain=case.image_chain,
+        layout=case.layout,
+        precision="fp16",
+    )
+    model = trace(graph.spec, graph.weights)
+    assert {node.op_type for node in model.graph} <= _ALLOWED
+    assert not list(wrong_forms(model))
 
 
 def test_fused_query_key_and_value_are_split_as_tensorrt_8_6_computes_it_rightly(

@@ -26,7 +26,7 @@ from offline_tools.export.graph import save, trace
 from offline_tools.quantize.layers import FLOAT_PARTS, find_layers, load_graph
 
 if TYPE_CHECKING:
-    from test.offline_tools.model.deployed.conftest import HeadCase
+    from test.offline_tools.model.deployed.conftest import HeadCase, TrueWidth
 
 STEPS = 2
 
@@ -117,6 +117,21 @@ def test_graph_has_the_contract_of_the_deployed_family(traced: Traced) -> None:
         "action_pred": chunk,
     }
     assert {node.op_type for node in model.graph.node} <= _ALLOWED
+
+
+def test_true_width_brings_no_other_operator(true_width: TrueWidth) -> None:
+    # Gains of ones of the wide norms are not folded, and were an Expand once.
+    graph = deployed_head(
+        true_width.config,
+        true_width.checkpoint,
+        embodiment_id=0,
+        layout=true_width.case.layout,
+        denoising_steps=1,
+        precision="fp16",
+    )
+    model = trace(graph.spec, graph.weights)
+    assert {node.op_type for node in model.graph} <= _ALLOWED
+    assert not list(wrong_forms(model))
 
 
 def test_weight_that_every_step_uses_is_stored_once_and_its_uses_are_numbered(
