@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.util
 import json
 import tempfile
@@ -33,6 +34,12 @@ from offline_tools.benchmark.fixture import (
     write_inputs,
 )
 from offline_tools.benchmark.memory import Memory, measure
+from offline_tools.benchmark.profile import (
+    GraphProfile,
+    GraphRuns,
+    profile_bundle,
+    record_runs,
+)
 from offline_tools.benchmark.runs import (
     STAGES,
     Answer,
@@ -81,6 +88,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=seed_type, default=0, help="of the made inputs (default: %(default)s)")
     add("--no-memory", action="store_true", help="do not measure memory (a process a bundle)")
     add(
+        "--profile",
+        action="store_true",
+        help="after the timing, run every graph under ONNX Runtime's profiler and print what its "
+        "kernels spend their time on (a TensorRT engine: groot-int8 audit --time)",
+    )
+    add(
         "--output",
         type=Path,
         help=f"folder for JSON and picture (default: {REPORT_FOLDER} in the first bundle)",
@@ -115,6 +128,14 @@ class _Contender:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the tables, write JSON and a picture."""
+    if args.profile and args.engine != "onnxruntime":
+        raise ConfigurationError(
+            "--profile asks ONNX Runtime's profiler; for a TensorRT engine use groot-int8 audit "
+            "--time"
+        )
+    if args.profile:
+        # Used after the timing; that it is missing is said before it.
+        importlib.import_module("onnx")
     if args.engine == "tensorrt":
         # Here its absence is one sentence; in the process that measures memory it is a traceback.
         import_tensorrt()
@@ -135,7 +156,13 @@ def run(args: argparse.Namespace) -> int:
                     threads=args.threads,
                     int8_kernels=args.int8_kernels,
                 )
-    times = _timed(args, contenders, inputs)
+    times, fed = _timed(args, contenders, inputs)
+    profiles: list[list[GraphProfile] | None] = [None] * len(contenders)
+    if args.profile:
+        profiles = [
+            profile_bundle(one.bundle, runs, threads=args.threads, int8_kernels=args.int8_kernels)
+            for one, runs in zip(contenders, fed, strict=True)
+        ]
     rows = [
         report.Row(
             name=one.name,
@@ -145,8 +172,9 @@ def run(args: argparse.Namespace) -> int:
             figures={stage: figure(own, times[0], stage) for stage in STAGES},
             warmup_ms=[1e3 * float(value) for value in own.warmup_s],
             relative_l2=relative_l2(own.answers, times[0].answers),
+            profile=profile,
         )
-        for one, taken, own in zip(contenders, memory, times, strict=True)
+        for one, taken, own, profile in zip(contenders, memory, times, profiles, strict=True)
     ]
     settings = {
         "engine": args.engine,
@@ -160,6 +188,8 @@ def run(args: argparse.Namespace) -> int:
     }
     print(_heading(args, settings))
     print(report.table(rows))
+    if args.profile:
+        print(f"\n{report.profile_table(rows)}")
     with atomic_directory(output) as folder:
         text = json.dumps(report.to_json(rows, settings), indent=1) + "\n"
         (folder / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -204,9 +234,10 @@ def _inputs(args: argparse.Namespace, bundles: Sequence[Bundle]) -> FrozenInputs
 
 def _timed(
     args: argparse.Namespace, contenders: Sequence[_Contender], inputs: FrozenInputs
-) -> list[Times]:
+) -> tuple[list[Times], list[GraphRuns]]:
+    """Return each contender's times and, to profile it, what its graphs are fed."""
     with contextlib.ExitStack() as stack:
-        answers: list[Answer] = []
+        policies: list[Policy] = []
         for one in contenders:
             policy = Policy.load(
                 one.bundle.folder,
@@ -217,8 +248,15 @@ def _timed(
                 verify_hashes=args.engine == "tensorrt",
             )
             stack.callback(policy.close)
-            answers.append(_answer(policy))
-        return run_interleaved(answers, inputs, rounds=args.rounds, warmup=args.warmup)
+            policies.append(policy)
+        answers = [_answer(policy) for policy in policies]
+        times = run_interleaved(answers, inputs, rounds=args.rounds, warmup=args.warmup)
+        fed = [
+            record_runs(policy, inputs.observations[0], inputs.noise[0])
+            for policy in policies
+            if args.profile
+        ]
+        return times, fed
 
 
 def _answer(policy: Policy) -> Answer:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from offline_tools.benchmark.memory import Memory
+from offline_tools.benchmark.profile import KINDS, WEIGHT_PRODUCTS, GraphProfile
 from offline_tools.benchmark.runs import STAGES, Figure
 
 SCHEMA_VERSION = 1
@@ -33,6 +34,7 @@ class Row:
         figures: Stage to what is reported of it.
         warmup_ms: Total of each warm-up answer.
         relative_l2: Of its normalised actions against the first contender's.
+        profile: Kernel time of each of its graphs, or None where it was not profiled.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Row:
     figures: Mapping[str, Figure]
     warmup_ms: Sequence[float]
     relative_l2: float
+    profile: Sequence[GraphProfile] | None
 
 
 def machine() -> dict[str, Any]:
@@ -101,6 +104,29 @@ def table(rows: Sequence[Row]) -> str:
         total = row.figures["total"]
         ratio = f"{total.ratio:.2f} ({total.ratio_low:.2f} to {total.ratio_high:.2f})"
         lines.append(f"| {row.name} | " + " | ".join(cells) + f" | {ratio} |")
+    return "\n".join(lines)
+
+
+def profile_table(rows: Sequence[Row]) -> str:
+    """Return the profiles as a Markdown table, a line for each graph."""
+    lines = [
+        "kernel time by ONNX Runtime's profiler, quickest answer: ms an observation, share of the "
+        "graph's",
+        "",
+        "| | graph, runs | kernels | " + " | ".join(KINDS) + " | GFLOP/s with weights |",
+        "|---" * (len(KINDS) + 4) + "|",
+    ]
+    for row in rows:
+        for graph in row.profile or ():
+            total = sum(graph.kernel_ms.values())
+            cells = [
+                f"{graph.kernel_ms[kind]:.1f}, {100 * graph.kernel_ms[kind] / total:.1f} %"
+                for kind in KINDS
+            ]
+            spent = graph.kernel_ms[WEIGHT_PRODUCTS]
+            cells.append(f"{1e3 * graph.weight_gflop / spent:.0f}" if spent else "")
+            name = f"{graph.graph}, {graph.runs}"
+            lines.append(f"| {row.name} | {name} | {total:.1f} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

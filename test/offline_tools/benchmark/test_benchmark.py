@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +25,7 @@ from offline_tools.benchmark.fixture import (
 )
 from offline_tools.benchmark.memory import process_memory
 from offline_tools.cli import main
+from offline_tools.cost.onnx_count import count_graph
 
 
 def test_frozen_inputs_read_back_to_the_bit_and_follow_their_seed(
@@ -185,7 +187,7 @@ def test_both_families_are_timed_in_one_run_with_their_actions_compared(
 ) -> None:
     output = tmp_path / "report"
     command = ["benchmark", "--bundle", str(tiny_bundle), str(deployed_bundle)]
-    command += ["--rounds", "3", "--warmup", "1", "--output", str(output)]
+    command += ["--rounds", "3", "--warmup", "1", "--profile", "--output", str(output)]
     assert main(command) == 0
     content = json.loads((output / "benchmark.json").read_text())
     reference, deployed = content["contenders"]
@@ -200,7 +202,25 @@ def test_both_families_are_timed_in_one_run_with_their_actions_compared(
     assert 0 < deployed["memory"]["runtime_bytes"] < deployed["memory"]["loaded_bytes"]
     assert deployed["figures"]["total"]["ratio"] > 0
     assert (output / "benchmark.png").stat().st_size > 5000
-    assert "| ratio (5 to 95 % of the rounds) |" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "| ratio (5 to 95 % of the rounds) |" in printed
+    runs = {graph["graph"]: graph["runs"] for graph in reference["profile"]}
+    assert runs == {
+        "backbone": 1,
+        "conditioner": 1,
+        "action_encoder": 2,
+        "dit": 2,
+        "action_decoder": 2,
+    }
+    head = next(graph for graph in deployed["profile"] if graph["graph"] == "action_head")
+    # Counted from the graph's file, without a run of it.
+    work = count_graph(bundle.graph_path("action_head"), "action_head", 1, {})
+    flops = sum(launch.flops for launch in work.launches if launch.weight)
+    assert head["weight_gflop"] == pytest.approx(1e-9 * flops)
+    (line,) = [line for line in printed.splitlines() if "| action_head, 1 |" in line]
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", line)]
+    assert len(shares) == 4
+    assert sum(shares) == pytest.approx(100, abs=0.3)
 
 
 @pytest.mark.slow
