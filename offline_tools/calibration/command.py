@@ -20,6 +20,18 @@ from offline_tools.calibration.run import Skipped, Source, capture, complete
 DEFAULT_SAMPLES = 128
 CALIBRATION_FOLDER = "calibration"
 
+_SOURCES = ("dataset", "bag", "complete")
+_ONLY_WITH: dict[str, tuple[str, ...]] = {
+    "episodes": ("dataset",),
+    "instruction_key": ("dataset",),
+    "params_file": ("bag",),
+    "instruction": ("bag",),
+    # `--complete` keeps every sample of its store with the noise that it has, and starts anew.
+    "samples": ("dataset", "bag"),
+    "seed": ("dataset", "bag"),
+    "resume": ("dataset", "bag"),
+}
+
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Add the subcommand's options."""
@@ -45,8 +57,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seed",
         type=arguments.seed,
-        default=DEFAULT_SEED,
-        help="of the noise (default: %(default)s)",
+        help=f"of the noise (default: {DEFAULT_SEED}; with --complete it is the recorder's)",
     )
     parser.add_argument(
         "--episodes", help="episodes of --dataset, such as 0,3-5 (default: all of them)"
@@ -87,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
                 _source(policy, args),
                 output,
                 samples=args.samples or DEFAULT_SAMPLES,
-                seed=args.seed,
+                seed=DEFAULT_SEED if args.seed is None else args.seed,
                 keep_images=args.keep_images,
                 resume=args.resume,
             )
@@ -104,13 +115,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _refuse_unused(args: argparse.Namespace) -> None:
     """Refuse options that the source of the observations has no use for."""
-    if args.params_file is not None and args.bag is None:
-        raise ConfigurationError("--params-file says topics and joints of --bag, so it needs one")
-    if args.samples is not None and args.complete is not None:
-        raise ConfigurationError(
-            "--samples chooses from a recording, and --complete keeps every sample of its store: "
-            "leave one of them out"
-        )
+    source = next(name for name in _SOURCES if getattr(args, name) is not None)
+    for option, sources in _ONLY_WITH.items():
+        value = getattr(args, option)
+        if source not in sources and value is not None and value is not False:  # 0 is a seed
+            raise ConfigurationError(
+                f"--{option.replace('_', '-')} has no meaning with --{source}, but with "
+                f"{' or '.join(f'--{name}' for name in sources)}: leave it out"
+            )
 
 
 def _refuse_int8(folder: Path) -> None:

@@ -535,7 +535,11 @@ def test_command_writes_store_and_coverage_and_names_what_is_thin(
     [
         (["--episodes", "x"], "no list such as"),
         (["--episodes", "7"], "no episode 7"),
-        (["--params-file", "robot.yaml"], "--params-file says topics and joints of --bag"),
+        (
+            ["--params-file", "robot.yaml"],
+            "--params-file has no meaning with --dataset, but with --bag",
+        ),
+        (["--instruction", "lift"], "--instruction has no meaning with --dataset, but with --bag"),
     ],
 )
 def test_wrong_options_are_one_message_and_leave_nothing(
@@ -553,12 +557,18 @@ def test_wrong_options_are_one_message_and_leave_nothing(
     assert not output.exists()
 
 
-def test_completing_takes_no_number_of_samples(
-    tiny_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    "option", [("--samples", 4), ("--seed", 0), ("--resume",), ("--episodes", "0")]
+)
+def test_completing_takes_no_choice_that_it_would_not_follow(
+    tiny_bundle: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    option: tuple[object, ...],
 ) -> None:
-    options = ("--bundle", tiny_bundle, "--complete", tmp_path / "store", "--samples", 4)
+    options = ("--bundle", tiny_bundle, "--complete", tmp_path / "store", *option)
     assert run_command(*options) == 2
-    assert "--complete keeps every sample" in capsys.readouterr().err
+    assert f"{option[0]} has no meaning with --complete" in capsys.readouterr().err
 
 
 def test_int8_bundle_is_refused_before_it_is_run(
