@@ -20,6 +20,8 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines import load_engine
 from groot_int8_ros.policy.policy import Policy
 
+from ..int8_record import quantization_record
+
 Json = Any
 Reseal = Callable[[Path], None]
 
@@ -205,19 +207,8 @@ def test_damaged_bundle_is_refused_with_the_reason_and_the_way_out(
 
 
 def _say_int8(manifest: Json) -> None:
-    manifest["graphs"]["dit"].update(
-        precision="int8",
-        quantization={
-            "scheme": "row",
-            "source_sha256": "a" * 64,
-            "calibration_sha256": None,
-            "calibration_samples": 0,
-            "seed": 0,
-            "options": {},
-            "errors": {},
-            "layers": {"blocks.0": {"activation": "row"}},
-        },
-    )
+    record = quantization_record(["blocks.0"])
+    manifest["graphs"]["dit"].update(precision="int8", quantization=record)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,8 @@ from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.dataset_source import EPISODE_SPACING_NS, DatasetSource
 from offline_tools.calibration.run import Recorded, Skipped, capture, choose, complete
 
+from ...int8_record import quantization_record
+
 SEED = 5
 SECOND = 1_000_000_000
 
@@ -578,16 +580,7 @@ def test_int8_bundle_is_refused_before_it_is_run(
     content = json.loads(path.read_text())
     content["graphs"]["dit"] |= {
         "precision": "int8",
-        "quantization": {
-            "scheme": "row",
-            "source_sha256": "a" * 64,
-            "calibration_sha256": None,
-            "calibration_samples": 0,
-            "seed": 0,
-            "options": {},
-            "errors": {},
-            "layers": {"blocks.0": {"activation": "row"}},
-        },
+        "quantization": quantization_record(["blocks.0"]),
     }
     path.write_text(json.dumps(content))
     assert run_command("--bundle", bundle_copy, "--dataset", tiny_dataset) == 2

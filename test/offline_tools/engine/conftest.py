@@ -10,6 +10,8 @@ import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
 
+from ...int8_record import quantization_record
+
 
 @pytest.fixture
 def int8_graph(tiny_bundle: Path) -> Callable[..., Path]:
@@ -42,16 +44,9 @@ def int8_bundle(
     path = bundle_copy / "manifest.json"
     content = json.loads(path.read_text())
     content["graphs"]["dit"]["precision"] = "int8"
-    content["graphs"]["dit"]["quantization"] = {
-        "scheme": "row",
-        "source_sha256": "a" * 64,
-        "calibration_sha256": None,
-        "calibration_samples": 0,
-        "seed": 0,
-        "options": {},
-        "errors": {},
-        "layers": {verdict.layer: {"activation": "row"} for verdict in audit_graph(graph, None)},
-    }
+    content["graphs"]["dit"]["quantization"] = quantization_record(
+        verdict.layer for verdict in audit_graph(graph, None)
+    )
     path.write_text(json.dumps(content))
     reseal(bundle_copy)
     return bundle_copy
