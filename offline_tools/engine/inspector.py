@@ -45,6 +45,8 @@ _FLOAT_FORMAT = re.compile(r"fp32|fp16|bf16|float|half", re.IGNORECASE)
 _OPAQUE = re.compile(r"ForeignNode|myelin", re.IGNORECASE)
 # Myelin computes a product with one row as a multiplication and a sum in a generated kernel.
 _PRODUCT_KERNEL = re.compile(r"gemm|gemv|smallN|mha|__myl\w*MulSum", re.IGNORECASE)
+# A product whose sum is split is two launches: the parts, then this one, which adds them up.
+_SUM_OF_PARTS = re.compile(r"_execute_split_k_kernel")
 _FUSED_ATTENTION = re.compile(r"mha", re.IGNORECASE)
 _NO_ARITHMETIC = frozenset({"Reformat", "MyelinReformat", "NoOp", "Shape", "Constant"})
 _PRODUCT_LAYER = re.compile(r"gemm|matrix.?mul|matmul|convolution|fully.?connected", re.IGNORECASE)
@@ -233,6 +235,13 @@ def _judge_use(
 
 def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:
     """Say what the kernels of a whole run tell about a region that is not opened."""
+    launched = set(ran)
+    ran = [
+        name
+        for name in ran
+        if not _SUM_OF_PARTS.search(name)
+        or _SUM_OF_PARTS.sub("_execute_kernel", name) not in launched
+    ]
     int8 = sum(bool(_INT8_KERNEL.search(name)) for name in ran)
     floating = sum(
         2 if _FUSED_ATTENTION.search(name) else 1

@@ -18,7 +18,7 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pytest
@@ -34,11 +34,14 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     engine_folder,
 )
 
+Profile: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
 _VERSION = "10.3.0"
 _LONGEST = 9
 _ACTIVATIONS = 512
-_X = EngineTensor(TensorSpec("int64", (1, "sequence")), ((1, 1), (1, 5), (1, _LONGEST)))
-_Y = EngineTensor(TensorSpec("float32", (1, "sequence")), ((1, 1), (1, 5), (1, _LONGEST)))
+_PROFILE: Profile = ((1, 1), (1, 5), (1, _LONGEST))
+_X = TensorSpec("int64", (1, "sequence"))
+_Y = TensorSpec("float32", (1, "sequence"))
 
 
 class _Code(int):
@@ -284,9 +287,15 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str) -> Any:
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TensorRTEngine]:
-    """Loads an engine on a stand-in: `load(gpu, plan=..., dtype_of_y=...)`."""
+    """Loads an engine on a stand-in: `load(gpu, plan=..., dtype_of_y=..., profile=...)`."""
 
-    def start(gpu: _Gpu, *, plan: bytes = b"good", dtype_of_y: str = "float32") -> TensorRTEngine:
+    def start(
+        gpu: _Gpu,
+        *,
+        plan: bytes = b"good",
+        dtype_of_y: str = "float32",
+        profile: Profile = _PROFILE,
+    ) -> TensorRTEngine:
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", _runtime(gpu))
         monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt(gpu, dtype_of_y))
         device = Cuda().device()
@@ -309,8 +318,8 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
             library="tensorrt",
             library_version=_VERSION,
             device=device,
-            inputs={"x": _X},
-            outputs={"y": _Y},
+            inputs={"x": EngineTensor(_X, profile)},
+            outputs={"y": EngineTensor(_Y, profile)},
             build_options=("--graph", "dit"),
             build_flags=(),
             seconds=0.0,
@@ -473,9 +482,18 @@ def test_prompt_longer_than_the_engine_is_refused_with_the_option(
     load: Callable[..., TensorRTEngine],
 ) -> None:
     engine = load(_Gpu())
-    with pytest.raises(EngineError, match=r"built for \[1, 1\] to \[1, 9\].*--max-seq-len"):
+    with pytest.raises(EngineError, match=r"built for \[1, 1\] to \[1, 9\].*--max-seq-len 10$"):
         engine.run(_feed(*range(_LONGEST + 1)))
     _doubled(engine, 1, 2)
+
+
+def test_prompt_shorter_than_an_exact_engine_is_not_told_to_build_a_longer_one(
+    load: Callable[..., TensorRTEngine],
+) -> None:
+    longest = (1, _LONGEST)
+    engine = load(_Gpu(), profile=(longest, longest, longest))
+    with pytest.raises(EngineError, match=r"--max-seq-len 3 --exact, or without --exact$"):
+        engine.run(_feed(1, 2, 3))
 
 
 def test_number_that_a_32_bit_input_cannot_hold_is_refused(

@@ -351,15 +351,8 @@ class TensorRTEngine:
             return
         for name, shape in shapes.items():
             profile = self._manifest.inputs[name].profile
-            if profile and not all(
-                low <= axis <= high
-                for low, axis, high in zip(profile[0], shape, profile[2], strict=True)
-            ):
-                raise EngineError(
-                    f"{self._path.name}: input {name} has the shape {list(shape)}, and the engine "
-                    f"was built for {list(profile[0])} to {list(profile[2])}. Build it with a "
-                    f"larger --max-seq-len: {rebuild_command(self._bundle)} --max-seq-len N"
-                )
+            if profile is not None:
+                self._require_inside(name, shape, profile[0], profile[2])
         # A graph belongs to the shapes that it was captured with, and so does the context's state.
         self._drop_graph()
         self._shapes = {}
@@ -367,6 +360,25 @@ class TensorRTEngine:
             if not self._context.set_input_shape(name, shape):
                 raise self._failure(f"does not take {name} of shape {list(shape)}")
         self._shapes = shapes
+
+    def _require_inside(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        smallest: tuple[int, ...],
+        largest: tuple[int, ...],
+    ) -> None:
+        axes = zip(smallest, shape, largest, strict=True)
+        outside = [axis for low, axis, high in axes if not low <= axis <= high]
+        if not outside:
+            return
+        # Only the prompt's length moves.
+        exact = " --exact, or without --exact" if smallest == largest else ""
+        raise EngineError(
+            f"{self._path.name}: input {name} has the shape {list(shape)}, and the engine was "
+            f"built for {list(smallest)} to {list(largest)}. Build it for this length: "
+            f"{rebuild_command(self._bundle)} --max-seq-len {outside[0]}{exact}"
+        )
 
     def _execute(self) -> None:
         """Run on what the host buffers hold; the first run of a shape settles the CUDA graph."""

@@ -93,6 +93,21 @@ def test_one_floating_kernel_too_many_leaves_every_layer_unproven() -> None:
     assert count(verdicts)[Precision.UNKNOWN] == len(verdicts)
 
 
+def test_the_sum_of_a_product_in_parts_is_no_product_of_its_own() -> None:
+    layers = [EngineLayer("{ForeignNode[a...b]}", "Myelin", (), (), "", ())]
+    wanted = {"blocks.0.to_q": Precision.INT8}
+    # As TensorRT 8.6 launched them on an H100, in this order.
+    int8 = "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n_tilesize32x64x64_execute_kernel_trt"
+    floating = "sm80_xmma_gemm_f32f32_f32f32_f32_nn_n_tilesize32x32x8_ffma"
+    parts, total = f"{floating}_execute_kernel_trt", f"{floating}_execute_split_k_kernel_trt"
+    for ran, verdict in (
+        ([int8, parts, total], Precision.INT8),
+        ([int8, parts, total, parts], Precision.UNKNOWN),
+        ([int8, total, total], Precision.UNKNOWN),
+    ):
+        assert judge(layers, wanted, ran, float_products=1)[0].verdict is verdict
+
+
 def test_layers_outside_of_regions_are_judged_by_their_own_kernel() -> None:
     verdicts = _judge("fp32_action_encoder", Precision.FLOAT, with_kernels=False)
     assert {verdict.verdict for verdict in verdicts} == {Precision.FLOAT}
