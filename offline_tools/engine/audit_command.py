@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -168,6 +169,9 @@ def _report(
     _print(name, audit.verdicts, list_all=args.all)
     if audit.calibrated:
         print(_what_a_calibrator_gave(name, audit.verdicts))
+    hidden = any(one.failed and one.verdict is Precision.UNKNOWN for one in audit.verdicts)
+    if hidden and not ran and any(layer.is_opaque for layer in audit.layers):
+        print(_how_to_look_inside(name, bundle.folder, path))
     return audit
 
 
@@ -274,6 +278,17 @@ def _what_a_calibrator_gave(name: str, verdicts: Sequence[LayerVerdict]) -> str:
         f"{counts[Precision.FLOAT]}; not known: {counts[Precision.UNKNOWN]}. Calibration allows "
         "INT8 and does not demand it, and little is what it gives a transformer: for INT8 that is "
         "there use groot-int8 quantize and build --quantization qdq"
+    )
+
+
+def _how_to_look_inside(name: str, bundle: Path, engine: Path) -> str:
+    """Say how to learn what is in regions that the inspector does not open."""
+    words = ["groot-int8", "audit", "--bundle", str(bundle), "--engine", str(engine)]
+    command = shlex.join(words)
+    return (
+        f"{name}: the kernels that a run launches tell what is inside. On the device: "
+        f"ncu --metrics gpu__time_duration.sum --csv {command} --run-once > kernels.csv; "
+        f"then: {command} --kernels kernels.csv"
     )
 
 

@@ -78,7 +78,8 @@ class Step:
         if state.key != self.key():
             return "what it is made from has changed"
         if state.output is None:
-            return "interrupted the last time"
+            failed = "did not pass, or was " if self.is_verdict else ""
+            return f"{failed}interrupted the last time"
         try:
             changed = self.output() != state.output
         except (GrootError, OSError) as error:

@@ -237,10 +237,10 @@ class _Context:
         return True
 
 
-def _tensorrt(gpu: _Gpu, dtype_of_y: str) -> Any:
+def _tensorrt(gpu: _Gpu, dtype_of_y: str, version: str) -> Any:
     """Stand in for `tensorrt`; a plan of the word `good` gives an engine, another none."""
     module: Any = types.ModuleType("tensorrt")
-    module.__version__ = _VERSION
+    module.__version__ = version
 
     class ILogger:
         ERROR, INTERNAL_ERROR, WARNING = 1, 0, 2
@@ -287,7 +287,7 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str) -> Any:
 
 @pytest.fixture
 def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., TensorRTEngine]:
-    """Loads an engine on a stand-in: `load(gpu, plan=..., dtype_of_y=..., profile=...)`."""
+    """Loads an engine on a stand-in: `load(gpu, plan=..., version=...)`."""
 
     def start(
         gpu: _Gpu,
@@ -295,11 +295,12 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
         plan: bytes = b"good",
         dtype_of_y: str = "float32",
         profile: Profile = _PROFILE,
+        version: str = _VERSION,
     ) -> TensorRTEngine:
         monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", _runtime(gpu))
-        monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt(gpu, dtype_of_y))
+        monkeypatch.setitem(sys.modules, "tensorrt", _tensorrt(gpu, dtype_of_y, version))
         device = Cuda().device()
-        path = engine_folder(tmp_path, _VERSION, device) / "dit_model.engine"
+        path = engine_folder(tmp_path, version, device) / "dit_model.engine"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(plan)
         graphs = {"onnx/dit_model.onnx": "a" * 64}
@@ -316,7 +317,7 @@ def load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Tenso
             layer_precision={},
             calibration={},
             library="tensorrt",
-            library_version=_VERSION,
+            library_version=version,
             device=device,
             inputs={"x": EngineTensor(_X, profile)},
             outputs={"y": EngineTensor(_Y, profile)},
@@ -462,6 +463,19 @@ def test_memory_that_runs_out_while_loading_is_explained_and_given_back(
     ):
         load(gpu)
     assert (gpu.blocks, gpu.streams) == ({}, 0)
+
+
+@pytest.mark.parametrize(
+    ("version", "integrated", "twice"),
+    [("8.6.1", True, True), ("8.6.1", False, False), ("10.3.0", True, False)],
+)
+def test_forecast_counts_the_copy_that_tensorrt_8_keeps_where_memory_is_shared(
+    load: Callable[..., TensorRTEngine], version: str, integrated: bool, twice: bool
+) -> None:
+    gpu = _Gpu(memory=_ACTIVATIONS + len(b"good"), integrated=integrated)
+    with pytest.raises(EngineError, match="got no memory for its inputs") as error:
+        load(gpu, version=version)
+    assert ("weights 0.00, held twice by TensorRT 8" in str(error.value)) == twice
 
 
 def test_plan_that_tensorrt_cannot_read_is_refused_with_its_reason(

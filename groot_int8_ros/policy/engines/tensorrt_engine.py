@@ -265,11 +265,13 @@ class TensorRTEngine:
         return path, manifest
 
     def _load(self, trt: Any) -> None:
-        needed = self._manifest.engine_bytes + self._manifest.device_memory_bytes
+        twice = self._keeps_a_host_copy(str(trt.__version__))
+        weights = self._manifest.engine_bytes * (1 + twice)
+        needed = weights + self._manifest.device_memory_bytes
         free = self._cuda.free_bytes()
         self._forecast = (
-            f"it takes about {needed / 2**30:.2f} GiB (weights "
-            f"{self._manifest.engine_bytes / 2**30:.2f}, activations "
+            f"it takes about {needed / 2**30:.2f} GiB (weights {weights / 2**30:.2f}"
+            f"{', held twice by TensorRT 8' if twice else ''}, activations "
             f"{self._manifest.device_memory_bytes / 2**30:.2f}), and {free / 2**30:.2f} GiB were "
             "free"
         )
@@ -292,6 +294,14 @@ class TensorRTEngine:
             self._allocate(trt)
         except CudaError as error:
             raise self._failure("got no memory for its inputs and outputs", error) from error
+
+    def _keeps_a_host_copy(self, library_version: str) -> bool:
+        """Return whether TensorRT holds the weights twice in the memory that it asks of.
+
+        TensorRT 8.6 keeps what it compiled as one region, which is most of a transformer, in the
+        host's memory besides the GPU's for as long as the engine lives.
+        """
+        return library_version.startswith("8.") and self._cuda.device().integrated
 
     def _deserialize(self) -> Any:
         with mapped_once(self._path) as mapped:

@@ -104,7 +104,9 @@ def test_engine_that_does_not_say_it_is_int8_fails(
 ) -> None:
     words = ["audit", "--bundle", str(int8_bundle), "--engines", str(recorded_engine.parent)]
     assert main(words) == 1
-    assert "which the inspector does not open" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "which the inspector does not open" in out
+    assert f"--engine {recorded_engine} --kernels kernels.csv" in out
 
 
 def _promise(bundle: Path, graph: str, reseal: Callable[[Path], None]) -> None:
