@@ -17,7 +17,8 @@ from pathlib import Path
 from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
 from groot_int8_ros.policy.engines import ENGINE_KINDS
-from groot_int8_ros.policy.engines.tensorrt_engine import import_tensorrt
+from groot_int8_ros.policy.engines.engine_report import engines_here
+from groot_int8_ros.policy.engines.onnxruntime_engine import VERSION
 from groot_int8_ros.policy.files import atomic_directory, refuse_occupied
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.types import ActionChunk, Float32Array, Observation
@@ -134,12 +135,11 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.profile:
         import onnx  # noqa: F401  # used after the timing; that it is missing is said before it
-    if args.engine == "tensorrt":
-        # Here its absence is one sentence; in the process that measures memory it is a traceback.
-        import_tensorrt()
     output: Path = args.output or args.bundle[0] / REPORT_FOLDER
     refuse_occupied(output, marker=REPORT_FILE, what="a benchmark's report", replace=True)
     contenders = _open(args.bundle)
+    # Here an absence is one sentence; in the process that measures memory it is a traceback.
+    (library,) = {_library(args.engine, one.bundle) for one in contenders}
     inputs = _inputs(args, [one.bundle for one in contenders])
     with tempfile.TemporaryDirectory() as scratch:
         path = args.write_inputs or Path(scratch) / "inputs.npz"
@@ -176,6 +176,7 @@ def run(args: argparse.Namespace) -> int:
     ]
     settings = {
         "engine": args.engine,
+        "library": library,
         "rounds": args.rounds,
         "warmup": args.warmup,
         "threads": args.threads,
@@ -196,6 +197,15 @@ def run(args: argparse.Namespace) -> int:
             report.draw(rows, folder / PICTURE_FILE)
     print(f"\nreport: {output}")
     return 0
+
+
+def _library(engine: str, bundle: Bundle) -> str:
+    """Return what runs a bundle: the library's version, and the GPU where it has one.
+
+    Raises:
+        EngineError: It is missing, or the bundle's engines are.
+    """
+    return engines_here(bundle).device if engine == "tensorrt" else f"ONNX Runtime {VERSION}"
 
 
 def _open(folders: Sequence[Path]) -> list[_Contender]:
@@ -269,7 +279,7 @@ def _heading(args: argparse.Namespace, settings: dict[str, object]) -> str:
     int8 = ", ".join(machine["int8_instructions"]) or "none: int8 is not faster than float here"
     return (
         f"{machine['processor']}, {machine['cores']} cores, int8 instructions: {int8}\n"
-        f"{settings['engine']}, {settings['rounds']} rounds after {settings['warmup']} of "
+        f"{settings['library']}, {settings['rounds']} rounds after {settings['warmup']} of "
         f"warm-up, {settings['inputs']} inputs in turn\n"
         f"inputs: sha256 {settings['inputs_sha256']}\n"
     )

@@ -81,7 +81,10 @@ def test_report_names_its_inputs_whether_made_or_read(
         assert main(command) == 0
         content = json.loads((output / "benchmark.json").read_text())
         found: str = content["settings"]["inputs_sha256"]
-        assert f"inputs: sha256 {found}" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert f"inputs: sha256 {found}" in out
+        assert f"\n{content['settings']['library']}, 1 rounds" in out
+        assert content["settings"]["library"].startswith("ONNX Runtime 1.")
         return found
 
     made, read = reported("--write-inputs", file), reported("--inputs", file)
