@@ -29,7 +29,7 @@ from groot_int8_ros.policy.files import atomic_file, sha256_of_file
 from offline_tools.engine.engines import LAYERS_SUFFIX
 from offline_tools.engine.inspector import EngineLayer, judge, parse_inspection, read_kernels
 from offline_tools.engine.verdicts import LayerVerdict, Precision, count
-from offline_tools.quantize.graph_audit import audit_bundle, audit_graph
+from offline_tools.quantize.graph_audit import audit_bundle, audit_graph, fewest_launches
 from offline_tools.quantize.layers import load_graph
 
 _TIMED_RUNS = 20
@@ -226,9 +226,16 @@ def _audit_engine(bundle: Bundle, path: Path, ran: Sequence[str], *, time: bool)
     in_graph = audit_graph(bundle.folder / record.file, record.quantization)
     wanted = {one.layer: Precision.INT8 if calibrated else one.wanted for one in in_graph}
     products = {one.layer: one.products for one in in_graph}
-    asked = sum(products[name] for name, wish in wanted.items() if wish is Precision.INT8)
-    floating = count_products(bundle.folder / record.file) - asked
-    verdicts = judge(layers, wanted, ran, floating, products)
+    asked = {name for name, wish in wanted.items() if wish is Precision.INT8}
+    verdicts = judge(
+        layers,
+        wanted,
+        ran,
+        float_products=count_products(bundle.folder / record.file)
+        - sum(products[name] for name in asked),
+        int8_launches=fewest_launches(bundle.folder / record.file, asked),
+        products=products,
+    )
     return _EngineAudit(verdicts, layers, times_ms, calibrated)
 
 

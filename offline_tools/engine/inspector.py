@@ -152,6 +152,7 @@ def judge(
     wanted: Mapping[str, Precision],
     ran: Sequence[str] = (),
     float_products: int = 0,
+    int8_launches: int = 1,
     products: Mapping[str, int] | None = None,
 ) -> list[LayerVerdict]:
     """Say of each layer of the graph what the engine made of it.
@@ -161,11 +162,13 @@ def judge(
         wanted: Layer of the graph to what it should be.
         ran: Names of the kernels that one run of the engine launched, from a profiler. They decide
             about regions that the inspector does not open, where they can: if no int8 product
-            ran, no layer inside is INT8; if int8 products ran and no more floating ones than the
-            graph has anyway, none is left for a layer that should be INT8. (Attention products
-            are taken to run one a kernel, and two in a fused `mha` kernel.)
+            ran, no layer inside is INT8; if as many floating ones ran as the graph has anyway, and
+            int8 ones for all others, none of them is a layer that should be INT8. Fewer of either
+            is a list that lacks some, or a kernel of unknown name. (Attention products are taken
+            to run one a kernel, and two in a fused `mha` kernel.)
         float_products: Products of the graph of which INT8 is not asked: those of two
             activations, and float layers.
+        int8_launches: Launches that the products of which INT8 is asked take at least.
         products: Layer to how many products of the graph it is, where they are several.
 
     Returns:
@@ -177,7 +180,7 @@ def judge(
             # A conversion in front of a product carries the node's name too and decides nothing.
             if layer.kind not in _NO_ARITHMETIC and (name := _layer_of(node)) is not None:
                 by_layer.setdefault(name, {}).setdefault(node, []).append(layer)
-    inside = _judge_opaque(ran, float_products)
+    inside = _judge_opaque(ran, float_products, int8_launches)
     regions = [layer for layer in layers if layer.is_opaque]
     return [
         _judge(
@@ -233,7 +236,7 @@ def _judge_use(
     return LayerVerdict(name, asked, precision, evidence, fused)
 
 
-def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:
+def _judge_opaque(ran: Sequence[str], float_products: int, int8_launches: int) -> _Inside:
     """Say what the kernels of a whole run tell about a region that is not opened."""
     launched = set(ran)
     ran = [
@@ -252,11 +255,11 @@ def _judge_opaque(ran: Sequence[str], float_products: int) -> _Inside:
         return _Inside(None, None, "" if not ran else "no product among the kernels that ran")
     reason = (
         f"{int8} int8 and {floating} floating products ran, and the graph has {float_products} "
-        "that should be floating"
+        f"that should be floating and needs {int8_launches} launches or more for the others"
     )
     if not int8:
         return _Inside(Precision.FLOAT, Precision.FLOAT, reason)
-    if floating <= float_products:
+    if floating == float_products and int8 >= int8_launches:
         return _Inside(Precision.INT8, Precision.FLOAT if floating else None, reason)
     return _Inside(None, None, reason)
 

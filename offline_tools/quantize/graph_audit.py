@@ -8,6 +8,7 @@ an INT8 product. What an engine made of it is another question, for the engine's
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import onnx_ir as ir
@@ -43,20 +44,9 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
     Raises:
         QuantizationError: The file is no ONNX graph.
     """
-    model = load_graph(path)
     wanted = set() if record is None else set(record.layers)
-    # By weight, operator and transposition, as `layers.find_layers` has it.
-    uses: dict[tuple[str | None, str, int], list[ir.Node]] = {}
-    for node in model.graph:
-        if node.op_type not in ("MatMul", "Gemm") or node.name is None:
-            continue
-        stored = _stored(node.inputs[1])
-        if node.inputs[0] is not None and stored is not None:
-            key = (stored.name, node.op_type, node.attributes.get_int("transB", 0))
-            uses.setdefault(key, []).append(node)
     verdicts = []
-    for nodes in uses.values():
-        name = layer_name(str(nodes[0].name), nodes[0].op_type)
+    for name, nodes in _products(load_graph(path)).items():
         judged = [_judge(node) for node in nodes]
         verdict, evidence = next(
             (one for one in judged if one[0] is not Precision.INT8), judged[0]
@@ -69,6 +59,47 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
         for name in sorted(wanted - found)
     ]
     return verdicts
+
+
+def fewest_launches(path: Path, layers: Collection[str]) -> int:
+    """Return how many kernels the products of some layers take at least.
+
+    An engine may compute products of the same tensor in one kernel, so they are as many as there
+    are tensors, before these are quantised.
+
+    Args:
+        path: The `.onnx` file.
+        layers: Names, as `audit_graph` has them.
+    """
+    nodes = [
+        node for name, own in _products(load_graph(path)).items() if name in layers for node in own
+    ]
+    return len({_before_quantisation(node.inputs[0]) for node in nodes})
+
+
+def _products(model: ir.Model) -> dict[str, list[ir.Node]]:
+    """Return the products with a constant weight by layer, in the order of the graph."""
+    # By weight, operator and transposition, as `layers.find_layers` has it.
+    uses: dict[tuple[str | None, str, int], list[ir.Node]] = {}
+    for node in model.graph:
+        if node.op_type not in ("MatMul", "Gemm") or node.name is None:
+            continue
+        stored = _stored(node.inputs[1])
+        if node.inputs[0] is not None and stored is not None:
+            key = (stored.name, node.op_type, node.attributes.get_int("transB", 0))
+            uses.setdefault(key, []).append(node)
+    return {layer_name(str(nodes[0].name), nodes[0].op_type): nodes for nodes in uses.values()}
+
+
+def _before_quantisation(value: ir.Value | None) -> ir.Value | None:
+    """Return the tensor that codes were made of, before scales of its rows or columns."""
+    while value is not None and (node := value.producer()) is not None:
+        if node.op_type not in ("DequantizeLinear", "QuantizeLinear", "Cast", "Div", "Mul"):
+            break
+        if node.op_type == "Mul" and _stored(node.inputs[1]) is None:
+            break
+        value = node.inputs[0]
+    return value
 
 
 def _judge(node: ir.Node) -> tuple[Precision, str]:

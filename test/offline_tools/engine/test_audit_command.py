@@ -18,7 +18,8 @@ from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Device
 from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest
 from offline_tools.cli import main
-from offline_tools.quantize.graph_audit import audit_graph
+from offline_tools.engine.audit_command import count_products
+from offline_tools.quantize.graph_audit import audit_graph, fewest_launches
 
 _RECORDED = Path(__file__).parent / "recorded"
 
@@ -192,10 +193,24 @@ def test_options_of_engines_are_refused_without_one(
 def test_kernels_of_a_run_decide(int8_bundle: Path, recorded_engine: Path, tmp_path: Path) -> None:
     kernels = tmp_path / "kernels.txt"
     words = ["audit", "--bundle", str(int8_bundle), "--engine", str(recorded_engine)]
-    kernels.write_text("sm80_xmma_gemm_i8f32_i8i32_f32_tn_n\n" * 9)
-    assert main([*words, "--kernels", str(kernels)]) == 0
-    kernels.write_text("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n\n" * 9)
-    assert main([*words, "--kernels", str(kernels)]) == 1
+    graph = int8_bundle / "onnx" / "dit_model.onnx"
+    layers = {layer.layer: layer.products for layer in audit_graph(graph, None)}
+    launches = fewest_launches(graph, layers)
+    # Queries, keys and values of an attention are three products of one tensor.
+    assert 1 < launches < sum(layers.values())
+    others = count_products(graph) - sum(layers.values())
+
+    def audited(int8: int, floating: int) -> int:
+        kernels.write_text(
+            "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n\n" * int8
+            + "sm80_xmma_gemm_f16f16_f16f32_f32_tn_n\n" * floating
+        )
+        return main([*words, "--kernels", str(kernels)])
+
+    assert audited(launches, others) == 0
+    assert audited(launches - 1, others) == 1
+    assert audited(launches, others + 1) == 1
+    assert audited(0, others) == 1
 
 
 def test_calibrated_engine_is_told_plainly_how_little_is_int8(

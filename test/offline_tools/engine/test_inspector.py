@@ -24,6 +24,10 @@ def _recorded(name: str) -> dict[str, Any]:
     return content
 
 
+# Tensors that the products of the recorded DiT multiply: keys and values, for one, share theirs.
+_DIT_LAUNCHES = 21
+
+
 def _judge(name: str, asked: Precision, *, with_kernels: bool) -> list[LayerVerdict]:
     content = _recorded(name)
     inspection = content["inspection"]
@@ -35,6 +39,7 @@ def _judge(name: str, asked: Precision, *, with_kernels: bool) -> list[LayerVerd
         wanted,
         content["kernels"] if with_kernels else (),
         content["products"] - len(wanted) * (asked is Precision.INT8),
+        _DIT_LAUNCHES,
     )
 
 
@@ -81,14 +86,43 @@ def test_fp16_engine_is_float_and_passes_where_nothing_else_was_asked_for() -> N
     assert not any(verdict.failed for verdict in verdicts)
 
 
-def test_one_floating_kernel_too_many_leaves_every_layer_unproven() -> None:
+def _kernels(*, int8: int, floating: int) -> list[str]:
+    """Return that many products of the recorded run of a DiT with Q/DQ: 21 and 8 are all of it."""
+    ran = _recorded("qdq_dit")["kernels"]
+    names = [
+        next(kernel for kernel in ran if kind in kernel) for kind in ("gemm_i8f32", "gemm_f32f32")
+    ]
+    return [names[0]] * int8 + [names[1]] * floating
+
+
+@pytest.mark.parametrize(
+    ("int8", "floating", "proven"),
+    [(21, 8, True), (21, 9, False), (21, 7, False), (20, 8, False), (1, 8, False), (1, 0, False)],
+    ids=["all", "float too many", "float missing", "int8 missing", "one int8", "one kernel"],
+)
+def test_a_list_that_lacks_a_product_or_has_one_too_many_proves_nothing(
+    int8: int, floating: int, proven: bool
+) -> None:
     content = _recorded("qdq_dit")
-    extra = next(kernel for kernel in content["kernels"] if "f32f32" in kernel)
     verdicts = judge(
         parse_inspection(json.dumps(content["inspection"]), "qdq_dit"),
         dict.fromkeys(content["layers"], Precision.INT8),
-        [*content["kernels"], extra],
+        _kernels(int8=int8, floating=floating),
         content["products"] - len(content["layers"]),
+        _DIT_LAUNCHES,
+    )
+    expected = Precision.INT8 if proven else Precision.UNKNOWN
+    assert count(verdicts)[expected] == len(verdicts)
+
+
+def test_the_first_kernels_of_a_run_prove_nothing() -> None:
+    content = _recorded("qdq_dit")
+    verdicts = judge(
+        parse_inspection(json.dumps(content["inspection"]), "qdq_dit"),
+        dict.fromkeys(content["layers"], Precision.INT8),
+        content["kernels"][:12],
+        content["products"] - len(content["layers"]),
+        _DIT_LAUNCHES,
     )
     assert count(verdicts)[Precision.UNKNOWN] == len(verdicts)
 
