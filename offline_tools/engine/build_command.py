@@ -137,7 +137,7 @@ def _words(args: argparse.Namespace) -> tuple[str, ...]:
     words: list[str] = []
     for name in vars(parser.parse_args(["--bundle", "."])):
         value = getattr(args, name)
-        if name in _NOT_REBUILT or value in (None, False, "auto"):
+        if name in _NOT_REBUILT or value is None or value is False or value == "auto":
             continue
         option = "--" + name.replace("_", "-")
         words += [option] if value is True else [option, str(value)]

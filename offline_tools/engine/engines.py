@@ -9,7 +9,7 @@ that were there, and an engine without its own manifest is refused when it is lo
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -399,14 +399,22 @@ def _plan(
             words=("--graph", name, *options.words),
         )
         jobs.append(job)
-    if options.quantization == "calibrator" and not any(
-        job.quantization == "calibrator" for job in jobs
-    ):
+    calibrated = [job for job in jobs if job.quantization == "calibrator"]
+    if len({job.cache for job in calibrated}) < len(calibrated):
+        raise ConfigurationError(
+            f"--calibration-cache {options.calibration_cache} is one file, and a cache is of one "
+            f"graph: name a folder that exists, or one of {_names(calibrated)} with --graph"
+        )
+    if options.quantization == "calibrator" and not calibrated:
         raise ConfigurationError(
             "--quantization calibrator applies to "
             f"{' and '.join(LARGE_GRAPHS[bundle.manifest.family])}, and none of them is asked for"
         )
     return jobs
+
+
+def _names(jobs: Sequence[EngineJob]) -> str:
+    return " and ".join(job.name for job in jobs)
 
 
 def _precision_of(name: str, record: GraphRecord, options: BuildOptions) -> tuple[str, str]:

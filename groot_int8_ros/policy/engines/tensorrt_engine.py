@@ -39,6 +39,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     find_engine,
     read_engine_manifest,
     rebuild_command,
+    without_options,
 )
 from groot_int8_ros.policy.files import read_json
 
@@ -382,12 +383,17 @@ class TensorRTEngine:
         outside = [axis for low, axis, high in axes if not low <= axis <= high]
         if not outside:
             return
-        # Only the prompt's length moves.
+        # Only the prompt's length moves, and the other graphs have the same.
+        options = without_options(
+            self._manifest.build_options,
+            {"--graph", "--max-seq-len", "--opt-seq-len"},
+            {"--exact"},
+        )
         exact = " --exact, or without --exact" if smallest == largest else ""
         raise EngineError(
             f"{self._path.name}: input {name} has the shape {list(shape)}, and the engine was "
             f"built for {list(smallest)} to {list(largest)}. Build it for this length: "
-            f"{rebuild_command(self._bundle)} --max-seq-len {outside[0]}{exact}"
+            f"{rebuild_command(self._bundle, options)} --max-seq-len {outside[0]}{exact}"
         )
 
     def _execute(self) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,6 +160,26 @@ def find_engine(bundle: Path, graph: Path, library_version: str, device: Device)
 def rebuild_command(bundle: Path, options: tuple[str, ...] = ()) -> str:
     """Return the command line that builds a bundle's engines on this machine."""
     return shlex.join(["groot-int8", "build", "--bundle", str(bundle), *options])
+
+
+def without_options(
+    words: Iterable[str], with_value: Collection[str], flags: Collection[str]
+) -> tuple[str, ...]:
+    """Return a command line's options without some of them.
+
+    Args:
+        words: The options.
+        with_value: Those that are left out with the word behind them.
+        flags: Those that are left out alone.
+    """
+    kept = []
+    rest = iter(words)
+    for word in rest:
+        if word in with_value:
+            next(rest, None)
+        elif word not in flags:
+            kept.append(word)
+    return tuple(kept)
 
 
 def read_engine_manifest(path: Path, bundle: Path) -> EngineManifest:

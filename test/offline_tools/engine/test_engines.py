@@ -261,12 +261,12 @@ def test_build_that_will_not_fit_is_refused_before_any_engine_is_built(
 def test_rebuild_options_are_those_that_say_what_and_not_where() -> None:
     parser = argparse.ArgumentParser()
     build_command.configure(parser)
-    args = parser.parse_args(
-        ["--bundle", "b", "--graph", "dit", "--low-memory", "--max-seq-len", "300", "--exact"]
-    )
+    given = ["--graph", "dit", "--low-memory", "--max-seq-len", "300", "--exact"]
+    args = parser.parse_args(["--bundle", "b", *given, "--builder-level", "0"])
     options = build_command.options_of(args)
-    assert options.words == ("--max-seq-len", "300", "--exact", "--low-memory")
-    assert options.settings.workspace_mb == 256
+    words = ("--max-seq-len", "300", "--exact", "--builder-level", "0", "--low-memory")
+    assert options.words == words
+    assert (options.settings.workspace_mb, options.settings.level) == (256, 0)
     again = build_command.options_of(parser.parse_args(["--bundle", "b", *options.words]))
     assert (again.settings, again.exact, again.max_seq_len) == (options.settings, True, 300)
 
@@ -306,6 +306,17 @@ def test_cache_of_another_graph_is_refused_by_the_build(bundle_copy: Path) -> No
     # Its own cache is taken, and what remains to be refused is this library's lack.
     with pytest.raises(EngineError, match="has no INT8 calibrators"):
         _build(bundle_copy, **options)
+
+
+def test_one_cache_file_for_two_graphs_is_refused_before_either_is_built(
+    bundle_copy: Path, tmp_path: Path
+) -> None:
+    one = tmp_path / "one.cache"
+    with pytest.raises(ConfigurationError, match=r"one\.cache is one file.*backbone and dit"):
+        _build(bundle_copy, quantization="calibrator", calibration_cache=one)
+    (tmp_path / "caches").mkdir()
+    with pytest.raises(CalibrationError, match=r"caches/backbone\.cache, so --captures is needed"):
+        _build(bundle_copy, quantization="calibrator", calibration_cache=tmp_path / "caches")
 
 
 @pytest.mark.parametrize(("content", "same_device"), [(b"good", False), (b"damaged", True)])
