@@ -121,6 +121,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--builder-level", type=int, choices=range(6), help="as for build")
     parser.add_argument("--no-library-tactics", action="store_true", help="as for build")
+    parser.add_argument("--ignore-forecast", action="store_true", help="as for build")
     parser.add_argument(
         "--refresh",
         nargs="?",
@@ -370,6 +371,7 @@ def _steps(args: argparse.Namespace) -> list[Step]:
             output=built_engines,
             arguments=lambda _: [
                 *("--bundle", str(folders["int8"]), *built),
+                *(["--ignore-forecast"] if args.ignore_forecast else []),
             ],
             rough_s=rough_s("build"),
             left_out=no_engines,

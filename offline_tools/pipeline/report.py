@@ -57,7 +57,7 @@ def write_report(
         "schemes": _schemes(int8_manifest),
         "errors": _errors(int8_manifest),
         "audit": _verdicts(_load(audit)),
-        "engine_audit": {} if audit_of_engines is None else _verdicts(_load(audit_of_engines)),
+        "engine_audit": {} if audit_of_engines is None else _proven(_load(audit_of_engines)),
         "verified": verified["passed"],
         "engines_verified": None if of_engines is None else asdict(of_engines),
         "calibration": {key: coverage[key] for key in ("samples", "offered", "thin")},
@@ -89,7 +89,7 @@ def _page(content: Mapping[str, Any]) -> str:
     ]
     lines += [
         f"| layers of {engine} known to be INT8, by the audit of its engine | | "
-        f"{found['INT8']} of {sum(found.values())} |"
+        f"{found['int8']} of {found['asked']} that should be |"
         for engine, found in content["engine_audit"].items()
     ]
     of_engines = content["engines_verified"]
@@ -128,6 +128,9 @@ def _page(content: Mapping[str, Any]) -> str:
         *(f"- THIN: {text}" for text in calibration["thin"]),
         "",
         *(f"Engine: {name}" for name in content["engines"]),
+        *(f"Not known of {engine}: {found['unknown']} layers that should be INT8. "
+          "`groot-int8 audit --engine` prints the commands that look into them."
+          for engine, found in content["engine_audit"].items() if found["unknown"]),
         *(f"Left out, {name}: {why}" for name, why in content["left_out"].items()),
         "",
         "| step | seconds |",
@@ -163,6 +166,22 @@ def _verdicts(audit: Mapping[str, Any]) -> dict[str, Counter[str]]:
         graph: Counter(layer["verdict"] for layer in layers)
         for graph, layers in audit.items()
         if any(layer["wanted"] == "INT8" for layer in layers)
+    }
+
+
+def _proven(audit: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    asked = {
+        engine: [layer["verdict"] for layer in layers if layer["wanted"] == "INT8"]
+        for engine, layers in audit.items()
+    }
+    return {
+        engine: {
+            "int8": verdicts.count("INT8"),
+            "asked": len(verdicts),
+            "unknown": verdicts.count("UNKNOWN"),
+        }
+        for engine, verdicts in asked.items()
+        if verdicts
     }
 
 

@@ -84,7 +84,7 @@ def test_the_report_tells_what_the_engines_are_and_not_the_graphs_alone(
     audit = output / "report" / "audit.json"
     engines = json.loads(audit.read_text())
     for layer in engines["action_head"]:
-        layer["verdict"] = "FLOAT"
+        layer["verdict"] = "UNKNOWN"
     (tmp_path / "engines.json").write_text(json.dumps(engines))
     page = write_report(
         tmp_path / "report",
@@ -97,9 +97,16 @@ def test_the_report_tells_what_the_engines_are_and_not_the_graphs_alone(
         seconds={},
         left_out={},
     )
-    layers = len(engines["action_head"])
-    row = f"layers of action_head known to be INT8, by the audit of its engine | | 0 of {layers} |"
-    assert row in page
+    asked = sum(layer["wanted"] == "INT8" for layer in engines["action_head"])
+    assert 0 < asked < len(engines["action_head"])
+    known = (
+        "layers of {} known to be INT8, by the audit of its engine | | {} of {} that should be |"
+    )
+    assert known.format("action_head", 0, asked) in page
+    assert f"Not known of action_head: {asked} layers that should be INT8" in page
+    asked = sum(layer["wanted"] == "INT8" for layer in engines["backbone"])
+    assert known.format("backbone", asked, asked) in page
+    assert "Not known of backbone" not in page
     assert "audit of its engine" not in (output / "report" / "report.md").read_text()
 
 
