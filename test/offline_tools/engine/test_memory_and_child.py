@@ -25,7 +25,7 @@ _RECORDED_PEAKS = [
     ("fp32", 587, False, 5.11),
     ("fp32", 491, False, 4.89),
     ("fp16", 295, False, 5.97),
-    ("fp16", 2468, False, 25.4),
+    ("fp16", 2468, False, 26.61),
     ("fp16", 3103, False, 21.96),
     ("fp16", 2198, False, 20.14),
     ("fp16", 1890, False, 16.51),
@@ -57,7 +57,7 @@ def test_forecast_is_not_below_a_recorded_peak_and_not_far_above_it(
         workspace_mb=None,
         shared=False,
     )
-    assert 1.0 <= expected.host_bytes / (peak_gib * _GIB) <= 2.0
+    assert 1.0 <= expected.host_bytes / (peak_gib * _GIB) <= 1.6
 
 
 def test_forecast_counts_int8_weights_as_floats_where_they_are_handed_over_so(
