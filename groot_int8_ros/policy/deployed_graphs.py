@@ -56,11 +56,10 @@ class DeployedGraphs(PolicyGraphs[DeployedInputs, NDArray[Any]]):
             BundleError: A prefix of the bank does not belong to the graphs, or the tokenizer does
                 not.
         """
-        super().__init__(engines)
+        super().__init__(engines, bundle.preprocessor())
         manifest = bundle.manifest
         assert manifest.prompts is not None
         self._processor = bundle.processor
-        self._preprocess = bundle.preprocessor()
         self._refuse_other_tokens(bundle)
         self._nothing_committed = CommittedRows(
             np.zeros(

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from groot_int8_ros.policy.engines import Engine, Tensors
 from groot_int8_ros.policy.postprocess import encode_actions
+from groot_int8_ros.policy.preprocess import Preprocessor
 from groot_int8_ros.policy.processor import Processor
 from groot_int8_ros.policy.types import (
     BoolArray,
@@ -83,14 +84,19 @@ class PolicyGraphs(Generic[Inputs, Features]):
         observer: Told of every run; None where nobody asks.
     """
 
-    def __init__(self, engines: Mapping[str, Engine]) -> None:
-        """Take the engines by graph name."""
+    def __init__(self, engines: Mapping[str, Engine], preprocess: Preprocessor) -> None:
+        """Take the engines by graph name, and the observation chain."""
         self._engines = engines
+        self._preprocess = preprocess
         self.observer: GraphObserver | None = None
 
     def check_instruction(self, instruction: str) -> None:
         """Raise `ObservationError` if an instruction cannot be used."""
         raise NotImplementedError
+
+    def release_tokenizer(self) -> None:
+        """Free the tokenizer until an instruction comes that is new; see `PromptTokenizer`."""
+        self._preprocess.release_tokenizer()
 
     def preprocess(self, observation: Observation) -> Inputs:
         """Return what the stages need of an observation.

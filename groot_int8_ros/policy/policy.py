@@ -83,6 +83,8 @@ class Policy:
             if bundle.manifest.family == DEPLOYED
             else ReferenceGraphs(bundle, engines)
         )
+        # The instructions of the bank are known now, and a new one is no matter of every chunk.
+        self.graphs.release_tokenizer()
         self._time_from_start_s: Float64Array = (
             np.array(bundle.processor.delta_indices, np.float64)
             * bundle.manifest.robot.action_period_s

@@ -13,6 +13,8 @@ image is rounded to 8 bits, the order changes the result.
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +57,9 @@ _IMAGE_END = "</img>"
 _PAD = "<|endoftext|>"
 
 _CACHED_INSTRUCTIONS = 32
+# As many instructions as a robot is told, banks included, at 10 kB each. A prompt beyond these
+# takes reading the tokenizer again.
+_CACHED_PROMPTS = 256
 
 # np.isclose's defaults, with which the public code tells a constant joint.
 _CONSTANT_ABSOLUTE = 1e-8
@@ -296,6 +301,33 @@ def prompt_text(instruction: str, tokens_per_image: Sequence[int], formalize: bo
     )
 
 
+def _read_tokenizer(path: Path) -> tuple[Tokenizer, str]:
+    """Read `tokenizer.json`, with the SHA-256 of what was read."""
+    if not path.is_file():
+        raise ProcessorError(
+            f"{path} is missing. Without it the instruction cannot be converted. Copy "
+            "tokenizer.json from the Eagle-Block2A-2B-v2 folder of the training code."
+        )
+    try:
+        content = path.read_bytes()
+        return Tokenizer.from_buffer(content), hashlib.sha256(content).hexdigest()
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    # The library raises plain Exception, and a panic of its Rust code is not even that.
+    except BaseException as error:
+        raise ProcessorError(
+            f"{path} is not a tokenizer ({error}). It is damaged or cut short: copy it again."
+        ) from error
+
+
+def _return_freed_memory() -> None:
+    # What the tokenizer leaves are freed blocks between others, which glibc keeps for later use
+    # unless it is told. Other C libraries have no such call.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 class PromptTokenizer:
     """Turns instructions into token ids.
 
@@ -324,9 +356,10 @@ class PromptTokenizer:
         Raises:
             ProcessorError: The tokenizer lacks a special token that the prompt is made of.
         """
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
+        self._tokenizer: Tokenizer | None = _whole(tokenizer)
+        self._path: Path | None = None
+        self._sha256 = ""
+        self._ids = lru_cache(maxsize=_CACHED_PROMPTS)(self._tokenize)
         self._max_characters = max_instruction_characters
         added = {
             token.content: token_id
@@ -364,21 +397,21 @@ class PromptTokenizer:
         Raises:
             ProcessorError: The file is missing, damaged or of another model.
         """
-        if not path.is_file():
-            raise ProcessorError(
-                f"{path} is missing. Without it the instruction cannot be converted. Copy "
-                "tokenizer.json from the Eagle-Block2A-2B-v2 folder of the training code."
-            )
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except (KeyboardInterrupt, SystemExit):
-            raise
-        # The library raises plain Exception, and a panic of its Rust code is not even that.
-        except BaseException as error:
-            raise ProcessorError(
-                f"{path} is not a tokenizer ({error}). It is damaged or cut short: copy it again."
-            ) from error
-        return cls(tokenizer, max_instruction_characters=max_instruction_characters)
+        tokenizer, sha256 = _read_tokenizer(path)
+        made = cls(tokenizer, max_instruction_characters=max_instruction_characters)
+        made._path, made._sha256 = path, sha256
+        return made
+
+    def release(self) -> None:
+        """Free the tokenizer itself, which holds some 100 MB; it must come from a file.
+
+        The prompts encoded last stay known. A new one is encoded by reading the file again, which
+        takes half a second, and freeing it again.
+        """
+        if self._path is None:
+            raise RuntimeError("a tokenizer that is not from a file cannot be read again")
+        self._tokenizer = None
+        _return_freed_memory()
 
     def encode(
         self, instruction: str, tokens_per_image: Sequence[int], *, formalize: bool
@@ -403,9 +436,35 @@ class PromptTokenizer:
         return ids, np.ones_like(ids)
 
     def encode_prompt(self, prompt: str) -> Int64Array:
-        """Return the ids of a complete prompt, int64 (1, S), without any check of its text."""
-        encoding = self._tokenizer.encode(prompt, add_special_tokens=False)
-        return np.array([encoding.ids], dtype=np.int64)
+        """Return the ids of a complete prompt, int64 (1, S), without any check of its text.
+
+        Raises:
+            ObservationError: The tokenizer was released, the prompt is new, and the file is not
+                the one any more that was read.
+        """
+        return self._ids(prompt).copy()
+
+    def _tokenize(self, prompt: str) -> Int64Array:
+        if self._tokenizer is not None:
+            return _token_ids(self._tokenizer, prompt)
+        ids = _token_ids(self._read_again(), prompt)
+        _return_freed_memory()
+        return ids
+
+    def _read_again(self) -> Tokenizer:
+        assert self._path is not None
+        try:
+            tokenizer, sha256 = _read_tokenizer(self._path)
+        except ProcessorError as error:
+            raise ObservationError(
+                f"the instruction is new, and to convert it the tokenizer is needed: {error}"
+            ) from error
+        if sha256 != self._sha256:
+            raise ObservationError(
+                f"the instruction is new, and {self._path} was changed since the policy was "
+                "loaded: it could mean other words. Load the policy again."
+            )
+        return _whole(tokenizer)
 
     def _check_instruction(self, instruction: str, formalized: bool) -> None:
         if len(instruction) > self._max_characters:
@@ -442,6 +501,16 @@ class PromptTokenizer:
             names = {token_id: token for token, token_id in self._added.items()}
             surplus = sorted({names[i] for i in found} - set(expected))
             raise _spells_special_text(", ".join(surplus) or "one of the prompt's own")
+
+
+def _whole(tokenizer: Tokenizer) -> Tokenizer:
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _token_ids(tokenizer: Tokenizer, prompt: str) -> Int64Array:
+    return np.array([tokenizer.encode(prompt, add_special_tokens=False).ids], dtype=np.int64)
 
 
 def _spells_special_text(text: str) -> ObservationError:
@@ -571,6 +640,7 @@ class Preprocessor:
             )
         self._processor = processor
         self.cameras: tuple[CameraSpec, ...] = tuple(by_key[key] for key in processor.cameras)
+        self._tokenizer = tokenizer
         self.image_token_id = tokenizer.image_token_id
         self._sizes = tuple(
             image_sizes(camera.height, camera.width, processor.image_chain)
@@ -606,6 +676,10 @@ class Preprocessor:
     def check_instruction(self, instruction: str) -> None:
         """Raise `ObservationError` if an instruction cannot be used."""
         self._encode(instruction)
+
+    def release_tokenizer(self) -> None:
+        """Free the tokenizer until an instruction comes that is new; see `PromptTokenizer`."""
+        self._tokenizer.release()
 
     def frames(self, images: Mapping[str, UInt8Array]) -> list[UInt8Array]:
         """Return the frames in the order of the cameras, checked and not copied.

@@ -26,9 +26,9 @@ class ReferenceGraphs(PolicyGraphs[ModelInputs, Arrays]):
 
     def __init__(self, bundle: Bundle, engines: Mapping[str, Engine]) -> None:
         """Wire a bundle to its engines."""
-        super().__init__(engines)
+        super().__init__(engines, bundle.preprocessor())
         self._manifest = bundle.manifest
-        self._preprocess = bundle.preprocessor()
+        self._any_prompt = self._preprocess.prompt_ids("task")
 
     def check_instruction(self, instruction: str) -> None:
         """Raise `ObservationError` if an instruction cannot be used."""
@@ -36,7 +36,7 @@ class ReferenceGraphs(PolicyGraphs[ModelInputs, Arrays]):
 
     def describe_cost(self) -> str:
         """Say what these graphs compute again and again that deployed graphs do not."""
-        prompt = self._preprocess.prompt_ids("task")
+        prompt = self._any_prompt
         prefix, _ = split_prompt(prompt, self._preprocess.image_token_id)
         steps = self._manifest.denoising_steps
         cameras = len(self._preprocess.cameras)

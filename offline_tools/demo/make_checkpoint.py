@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from groot_int8_ros.policy.bundle import TOKENIZER_FILE
 from groot_int8_ros.policy.files import refuse_occupied
 from offline_tools.arguments import positive_int, seed
 from offline_tools.dataset.lerobot import LeRobotDataset
@@ -47,6 +48,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="KEY",
         help="action keys with absolute targets; the others are relative to the state",
     )
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        help="folder with a tokenizer.json to take, whose words the model then has rows for "
+        "(default: a small one is generated)",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="default: %(default)s")
 
 
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         horizon=args.horizon,
         seed=args.seed,
         absolute_keys=tuple(args.absolute_keys),
+        tokenizer=args.tokenizer / TOKENIZER_FILE if args.tokenizer else None,
     )
     print(f"{args.output}: random weights, size {args.size}, with tokenizer.json")
     return 0

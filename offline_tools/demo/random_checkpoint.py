@@ -8,6 +8,7 @@ then does has no meaning. Files have the names and fields that the reference imp
 from __future__ import annotations
 
 import math
+import shutil
 import zlib
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,9 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.bundle import TOKENIZER_FILE
 from groot_int8_ros.policy.files import atomic_directory
+from groot_int8_ros.policy.preprocess import PromptTokenizer
 from groot_int8_ros.policy.processor import PUBLIC_EMBODIMENT_IDS
 from groot_int8_ros.policy.types import Float32Array
 from offline_tools.dataset.lerobot import Episode, LeRobotDataset
@@ -91,6 +95,7 @@ def write_random_checkpoint(
     horizon: int = ACTION_HORIZON,
     seed: int = 0,
     absolute_keys: tuple[str, ...] = (),
+    tokenizer: Path | None = None,
 ) -> None:
     """Write a checkpoint for a dataset's robot, with random weights, and its tokenizer.
 
@@ -105,8 +110,10 @@ def write_random_checkpoint(
         seed: Seed of the weights.
         absolute_keys: Action keys that are absolute targets; the others are relative to the state
             of the same name, if there is one.
+        tokenizer: `tokenizer.json` to take; a small one is generated if None.
 
     Raises:
+        ProcessorError: The tokenizer is missing, damaged or of another model.
         ConfigurationError: A key given does not exist, the robot has too many joints, or the
             horizon is longer than the model's position table.
         OutputError: The folder cannot be written.
@@ -123,13 +130,20 @@ def write_random_checkpoint(
             f"a horizon of {horizon} needs as many positions, and size {size} has {longest}"
         )
     with atomic_directory(folder) as target:
-        vocabulary = write_small_tokenizer(target / "tokenizer.json")
+        if tokenizer is None:
+            write_small_tokenizer(target / TOKENIZER_FILE)
+        else:
+            PromptTokenizer.from_file(tokenizer)
+            shutil.copyfile(tokenizer, target / TOKENIZER_FILE)
+        vocabulary = Tokenizer.from_file(str(target / TOKENIZER_FILE)).get_vocab()
         language = SIZES[size].language
-        if max(vocabulary.values()) >= language.vocab_size:
-            raise RuntimeError(f"{len(vocabulary)} tokens do not fit {language.vocab_size}")
         config = replace(
             SIZES[size],
-            language=replace(language, image_token_id=vocabulary[IMAGE_TOKEN]),
+            language=replace(
+                language,
+                vocab_size=max(language.vocab_size, 1 + max(vocabulary.values())),
+                image_token_id=vocabulary[IMAGE_TOKEN],
+            ),
             action_horizon=horizon,
         )
         relative = tuple(

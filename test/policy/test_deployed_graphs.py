@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -135,6 +136,27 @@ def test_committed_rows_that_cannot_be_are_refused(
 def test_unknown_instruction_is_never_answered_with_another_ones_prefix(policy: Policy) -> None:
     with pytest.raises(UnknownInstructionError):
         policy.infer(replace(_observation(policy), instruction="open the door"))
+
+
+def test_instructions_of_the_bank_need_no_tokenizer_once_loaded(
+    small_deployed: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(small_deployed, bundle)
+    policy = Policy.load(bundle, threads=1)
+    try:
+        tokenizer = bundle / "tokenizer.json"
+        content = tokenizer.read_bytes()
+        tokenizer.unlink()
+        for spelled in ("Pick up the cube!", "put it down", "pick UP the cube"):
+            policy.infer(replace(_observation(policy), instruction=spelled), seed=3)
+        with pytest.raises(ObservationError, match=r"is new, .*tokenizer\.json is missing"):
+            policy.check_instruction("open the door")
+        tokenizer.write_bytes(content)
+        with pytest.raises(UnknownInstructionError):
+            policy.check_instruction("open the door")
+    finally:
+        policy.close()
 
 
 def test_frame_of_another_size_is_refused_with_the_command(policy: Policy) -> None:

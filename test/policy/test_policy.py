@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.errors import EngineError, ObservationError
 from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy, draw_noise
+from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import CommittedActions, Observation
 
 RELATIVE_TOLERANCE = 1e-4
@@ -94,6 +95,29 @@ def test_seed_that_is_not_given_is_the_default_and_is_reported(policy: Policy) -
     assert chunk.seed == DEFAULT_SEED
     again = policy.infer(_observation(policy), seed=chunk.seed)
     np.testing.assert_array_equal(chunk.action_pred, again.action_pred)
+
+
+def test_reference_graphs_read_the_tokenizer_for_a_new_instruction_alone(
+    tiny_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    policy = Policy.load(bundle, threads=2)
+    try:
+        assert isinstance(policy.graphs, ReferenceGraphs)
+        known = _observation(policy)
+        first = policy.infer(known, seed=3)
+        tokenizer = bundle / "tokenizer.json"
+        content = tokenizer.read_bytes()
+        tokenizer.unlink()
+        np.testing.assert_array_equal(policy.infer(known, seed=3).action_pred, first.action_pred)
+        assert "reference graphs" in policy.graphs.describe_cost()
+        with pytest.raises(ObservationError, match=r"is new, .*tokenizer\.json is missing"):
+            policy.infer(replace(known, instruction="open the door"), seed=3)
+        tokenizer.write_bytes(content)
+        policy.infer(replace(known, instruction="open the door"), seed=3)
+    finally:
+        policy.close()
 
 
 def test_explicit_noise_is_used_as_it_is(policy: Policy) -> None:

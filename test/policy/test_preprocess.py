@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -328,6 +331,76 @@ def test_saved_truncation_and_padding_cannot_cut_off_the_images(tmp_path: Path) 
     assert ids.shape == mask.shape
     assert ids.dtype == mask.dtype == np.int64
     assert mask.all()
+
+
+def _released(path: Path) -> PromptTokenizer:
+    _byte_tokenizer().save(str(path))
+    tokenizer = PromptTokenizer.from_file(path)
+    tokenizer.encode("go", (4,), formalize=True)
+    tokenizer.release()
+    return tokenizer
+
+
+def test_a_released_tokenizer_still_knows_its_prompts_and_reads_its_file_for_others(
+    tmp_path: Path,
+) -> None:
+    path, whole = tmp_path / "tokenizer.json", PromptTokenizer(_byte_tokenizer())
+    tokenizer = _released(path)
+    hidden = path.rename(tmp_path / "hidden")
+    for spelled in ("go", "Go!"):
+        found, _ = tokenizer.encode(spelled, (4,), formalize=True)
+        np.testing.assert_array_equal(found, whole.encode("go", (4,), formalize=True)[0])
+        found[...] = 0
+    # Not an error of the file's kind: the node has to live on without this one instruction.
+    with pytest.raises(ObservationError, match=r"is new, .*tokenizer\.json is missing"):
+        tokenizer.encode("stop", (4,), formalize=True)
+    hidden.rename(path)
+    expected, _ = whole.encode("stop", (4,), formalize=True)
+    np.testing.assert_array_equal(tokenizer.encode("stop", (4,), formalize=True)[0], expected)
+    # It was let go again, and what it found is known.
+    path.unlink()
+    np.testing.assert_array_equal(tokenizer.encode("stop", (4,), formalize=True)[0], expected)
+    with pytest.raises(ObservationError, match="is missing"):
+        tokenizer.encode("wait", (4,), formalize=True)
+
+
+def test_a_tokenizer_changed_after_its_release_is_not_used(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.json"
+    tokenizer = _released(path)
+    _byte_tokenizer(tuple(reversed(SPECIAL))).save(str(path))
+    with pytest.raises(ObservationError, match="was changed since the policy was loaded"):
+        tokenizer.encode("stop", (4,), formalize=True)
+
+
+_RESIDENT_MB = """
+import sys
+from pathlib import Path
+from groot_int8_ros.policy.preprocess import PromptTokenizer
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    print(int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1e3)
+
+resident()
+tokenizer = PromptTokenizer.from_file(Path(sys.argv[1]))
+tokenizer.encode("go", (4,), formalize=True)
+resident()
+for text in ("go", "stop"):
+    tokenizer.release()
+    tokenizer.encode(text, (4,), formalize=True)
+    resident()
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="freed memory is glibc's to return")
+def test_a_released_tokenizer_of_true_size_leaves_no_memory_behind(golden_dir: Path) -> None:
+    path = golden_dir / "tokenizer" / "tokenizer.json"
+    command = [sys.executable, "-c", _RESIDENT_MB, str(path)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    before, held, *released = (float(line) for line in done.stdout.split())
+    assert held - before > 60
+    # First known, then new, for which the file is read once more.
+    assert max(released) - before < 20
 
 
 def test_token_ids_are_those_of_the_tokenizer_at_hand() -> None:

@@ -50,6 +50,29 @@ def test_seed_decides_every_byte(
     assert different == {"model.safetensors"}
 
 
+def test_tokenizer_that_is_given_has_a_row_for_each_of_its_words(
+    tiny_dataset: Path, golden_dir: Path, tmp_path: Path
+) -> None:
+    words, folder = golden_dir / "tokenizer", tmp_path / "checkpoint"
+    options = ["--dataset", str(tiny_dataset), "--tokenizer", str(words)]
+    assert main(["make-checkpoint", "--output", str(folder), *options]) == 0
+    config, _ = load_model_config(folder)
+    tokenizer = PromptTokenizer.from_file(folder / "tokenizer.json")
+    assert config.language.image_token_id == tokenizer.image_token_id == 151669
+    assert config.language.vocab_size > tokenizer.image_token_id
+    reader = CheckpointReader(folder)
+    reader.validate(config, find_eagle_config(folder))
+
+
+def test_tokenizer_that_is_not_there_is_named(
+    tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--dataset", str(tiny_dataset), "--tokenizer", str(tmp_path / "gone")]
+    assert main(["make-checkpoint", "--output", str(tmp_path / "out"), *options]) == 2
+    assert "gone/tokenizer.json is missing" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_large_checkpoint_is_sharded_with_the_same_weights(
     tiny_checkpoint: Path,
     tiny_dataset: Path,
