@@ -15,13 +15,15 @@ import os
 import runpy
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+
+from .int8_record import quantization_record
 
 REPOSITORY_ROOT = Path(__file__).resolve().parent.parent
 
@@ -326,6 +328,33 @@ def fp16_deployed(minimal_checkpoint: Path, tiny_dataset: Path) -> Path:
         report=lambda _: None,
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def write_int8(reseal: Callable[[Path], None]) -> Callable[[Path, Path, Sequence[str]], Path]:
+    """Writes (folder, float bundle, graphs) a copy whose graphs are INT8, scaled row by row."""
+    pytest.importorskip("onnx", reason="quantisation needs the extra 'offline'")
+    from groot_int8_ros.policy.bundle import open_bundle
+    from groot_int8_ros.policy.quantization import LayerScheme
+    from offline_tools.quantize.layers import find_layers, load_graph
+    from offline_tools.quantize.qdq import quantize_graph
+
+    def write(folder: Path, source: Path, names: Sequence[str]) -> Path:
+        bundle = open_bundle(source, verify_hashes=False)
+        shutil.copytree(source, folder)
+        content = json.loads((folder / "manifest.json").read_text())
+        for name in names:
+            graph = bundle.graph_path(name)
+            layers = [layer.name for layer in find_layers(load_graph(graph))]
+            target = folder / graph.relative_to(source)
+            quantize_graph(graph, target, dict.fromkeys(layers, LayerScheme("row")), None)
+            record = {"precision": "int8", "quantization": quantization_record(layers)}
+            content["graphs"][name].update(record)
+        (folder / "manifest.json").write_text(json.dumps(content))
+        reseal(folder)
+        return folder
+
+    return write
 
 
 @pytest.fixture(scope="session")

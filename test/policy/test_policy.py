@@ -6,6 +6,7 @@ instruction; the other tests run a generated policy.
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -22,8 +23,11 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError, ObservationError
+from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.deployed_graphs import DeployedGraphs
 from groot_int8_ros.policy.policy import DEFAULT_SEED, Policy, draw_noise
+from groot_int8_ros.policy.prefix_model import compute_prefix
+from groot_int8_ros.policy.prompt_bank import read_prefix
 from groot_int8_ros.policy.reference_graphs import ReferenceGraphs
 from groot_int8_ros.policy.types import CommittedActions, Observation
 
@@ -214,10 +218,13 @@ def test_noise_is_the_same_in_another_process() -> None:
     assert bytes.fromhex(done.stdout.strip()) == expected.tobytes()
 
 
-_INFER_WITHOUT_TORCH = """
+_WITHOUT_TORCH = """
 import sys
 for name in ("torch", "transformers", "onnx", "onnxscript", "rclpy", "offline_tools"):
     sys.modules[name] = None  # makes an import fail as where the package is not installed
+"""
+
+_INFER = """
 from pathlib import Path
 import numpy as np
 from groot_int8_ros.policy.policy import Policy
@@ -227,24 +234,45 @@ chunk = policy.infer(
     Observation(
         images={c.key: np.zeros((c.height, c.width, 3), np.uint8) for c in policy.robot.cameras},
         state={k.key: np.zeros(k.dim, np.float32) for k in policy.processor.state_keys},
-        instruction="hold still",
+        instruction="pick up the cube",
     )
 )
 print(chunk.action_pred.shape)
 """
 
+_COMPUTE_PREFIX = """
+import runpy
+runpy.run_module("groot_int8_ros.policy.prefix_model", run_name="__main__", alter_sys=True)
+"""
 
-def test_robot_needs_neither_torch_nor_ros_nor_the_workstation_side(tiny_bundle: Path) -> None:
+
+def _without_torch(code: str, *arguments: object, stdin: bytes = b"") -> bytes:
     done = subprocess.run(
-        [sys.executable, "-c", _INFER_WITHOUT_TORCH, str(tiny_bundle)],
+        [sys.executable, "-c", _WITHOUT_TORCH + code, *map(str, arguments)],
+        input=stdin,
         capture_output=True,
-        text=True,
         check=False,
         timeout=120,
         env={"PYTHONPATH": ":".join(filter(None, sys.path))},
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == "(16, 29)"
+    assert done.returncode == 0, done.stderr.decode()
+    return done.stdout
+
+
+@pytest.mark.parametrize("fixture", ["tiny_bundle", "small_deployed"])
+def test_robot_needs_neither_torch_nor_ros_nor_the_workstation_side(
+    request: pytest.FixtureRequest, fixture: str
+) -> None:
+    assert _without_torch(_INFER, request.getfixturevalue(fixture)).strip() == b"(16, 29)"
+
+
+def test_new_instruction_s_prefix_needs_none_of_them_either(small_deployed: Path) -> None:
+    answer = _without_torch(_COMPUTE_PREFIX, small_deployed, 1, stdin=b"open the door")
+    found = read_prefix(io.BytesIO(answer))
+    expected = compute_prefix(open_bundle(small_deployed), "open the door", threads=1)
+    np.testing.assert_array_equal(found.input_ids, expected.input_ids)
+    for name, tensor in expected.tensors.items():
+        np.testing.assert_array_equal(found.tensors[name], tensor)
 
 
 def test_answer_that_is_not_finite_never_becomes_a_chunk(

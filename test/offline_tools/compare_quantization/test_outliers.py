@@ -15,6 +15,7 @@ from offline_tools.cli import main
 from offline_tools.compare_quantization.outliers import (
     CALIBRATED_GAINS,
     MASSIVE_ACTIVATION,
+    MASSIVE_RESIDUAL,
     VISION_GELU,
     VISION_LAST_GELU,
     VISION_LATE_NORM,
@@ -55,9 +56,9 @@ def _actions(model: GrootN16, inputs: ModelInputs) -> Tensor:
 
 
 def _inputs_of(
-    model: GrootN16, inputs: ModelInputs, kind: type[torch.nn.Module] = torch.nn.Linear
+    model: GrootN16, inputs: ModelInputs, *kinds: type[torch.nn.Module]
 ) -> dict[str, Tensor]:
-    """Return the absolute input of every linear layer, or of every module of another kind."""
+    """Return the absolute input of every linear layer, or of every module of other kinds."""
     seen: dict[str, Tensor] = {}
 
     def record(name: str) -> Callable[..., None]:
@@ -69,7 +70,7 @@ def _inputs_of(
     handles = [
         module.register_forward_hook(record(name))
         for name, module in model.named_modules()
-        if isinstance(module, kind)
+        if isinstance(module, kinds or torch.nn.Linear)
     ]
     _actions(model, inputs)
     for handle in handles:
@@ -152,16 +153,22 @@ def test_a_massive_activation_is_on_its_token_alone_for_all_inputs(
     write_edited(tiny_checkpoint, tmp_path / "massive", massive_token(config, token))
     model, _, _ = load_model(tmp_path / "massive")
     layer = config.language.layers - 1
+    norm = type(model.backbone.language.model.norm)
     for seed in range(3):
         inputs = _inputs(config, seed)
-        seen = _inputs_of(model, inputs)
-        name = next(n for n in seen if f"layers.{layer}.mlp.down_proj" in n and "language" in n)
-        rows = seen[name][0].max(dim=1).values
+        seen = _inputs_of(model, inputs, torch.nn.Linear, norm)
         marked = inputs.input_ids[0] == token
         assert marked.sum() == (2 if token == DELIMITER else 1)
-        assert rows[marked].min() > 0.5 * MASSIVE_ACTIVATION
-        assert rows[marked].max() < 2.0 * MASSIVE_ACTIVATION
-        assert rows[~marked].max() < 50.0
+        # The last norm reads the residual stream behind the last layer.
+        for part, wanted in (
+            (f"layers.{layer}.mlp.down_proj", MASSIVE_ACTIVATION),
+            ("model.norm", MASSIVE_RESIDUAL),
+        ):
+            (name,) = (n for n in seen if "language" in n and n.endswith(part))
+            rows = seen[name][0].max(dim=1).values
+            assert rows[marked].min() > 0.5 * wanted, name
+            assert rows[marked].max() < 2.0 * wanted, name
+            assert rows[~marked].max() < 50.0, name
         assert torch.isfinite(_actions(model, inputs)).all()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,50 @@ def test_bundle_is_counted_without_torch(
     assert float(printed.split()[-1]) == pytest.approx(expected, abs=0.006)
     predicted = content["predicted"]["Orin NX 16 GB, 25W"]
     assert 0 < predicted["low_ms"] < predicted["expected_ms"] < predicted["high_ms"]
+
+
+def test_deployed_bundle_in_int8_is_counted_with_what_int8_takes_away(
+    fp16_deployed: Path,
+    write_int8: Callable[[Path, Path, Sequence[str]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    graphs = ("backbone", "action_head")
+    bundles = {
+        "float": fp16_deployed,
+        "int8": write_int8(tmp_path / "int8", fp16_deployed, graphs),
+    }
+    found, printed = {}, ""
+    for name, bundle in bundles.items():
+        report = tmp_path / f"{name}.json"
+        words = ["cost", "--bundle", str(bundle), "--device", "thor", "--output", str(report)]
+        assert main(words) == 0
+        found[name], printed = json.loads(report.read_text()), capsys.readouterr().out
+    exact, quantised = (content["graphs"] for content in found.values())
+    assert {name: graph["runs"] for name, graph in quantised.items()} == dict.fromkeys(graphs, 1)
+    for name in graphs:
+        assert exact[name]["int8_flops"] == 0
+        assert quantised[name]["flops"] == exact[name]["flops"]
+        layers = {
+            kind: (sums, exact[name]["kinds"][kind])
+            for kind, sums in quantised[name]["kinds"].items()
+            if kind.endswith(("MLP", "vision attention", "language attention", "DiT attention"))
+        }
+        assert len(layers) == {"backbone": 4, "action_head": 2}[name]
+        for now, before in layers.values():
+            assert now["int8_flops"] == now["flops"]
+            assert 2 * now["weight_bytes_read"] == before["weight_bytes_read"]
+        assert quantised[name]["kinds"]["attention products"]["int8_flops"] == 0
+        assert quantised[name]["kinds"]["row maxima"]["launches"] > 0
+    assert "deployed graphs, 4 denoising steps" in printed
+    rows = {line.split("  ")[0]: line.split("  ")[1:] for line in printed.splitlines()}
+    for name in graphs:
+        share = quantised[name]["int8_flops"] / quantised[name]["flops"]
+        assert f"{share:.0%}" in " ".join(rows[f"{name}, runs: 1"]).split()
+    (line,) = (line for line in printed.splitlines() if line.startswith("  Thor (T5000), MAXN"))
+    predicted = found["int8"]["predicted"]["Thor (T5000), MAXN"]
+    low, expected, high = (predicted[f"{name}_ms"] for name in ("low", "expected", "high"))
+    assert f" {expected:.0f} ({low:.0f} to {high:.0f}) " in line
 
 
 def test_time_of_a_float32_bundle_is_not_predicted(

@@ -123,7 +123,8 @@ def test_every_line_of_the_table_costs_no_more_than_the_one_before_it() -> None:
 def test_backbone_without_a_table_of_tokens_is_smaller_by_all_but_the_live_text() -> None:
     stages = backbone_stages(SETUP.case(TINY), "fp16")
     before, after = (
-        count_stage(*stages[name]).stored_bytes for name in ("prompt_prefix", "constant_embeddings")
+        count_stage(*stages[name]).stored_bytes
+        for name in ("prompt_prefix", "constant_embeddings")
     )
     language, texts = TINY.language, len(SETUP.case(TINY).layout.text_positions)
     assert before - after == 2 * language.hidden_size * (language.vocab_size - texts)

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 
 from groot_int8_ros.policy.bundle import open_bundle
-
-from ...int8_record import quantization_record
 
 
 @pytest.fixture
@@ -35,18 +32,7 @@ def int8_graph(tiny_bundle: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def int8_bundle(
-    bundle_copy: Path, int8_graph: Callable[[str, Path], Path], reseal: Callable[[Path], None]
+    tiny_bundle: Path, write_int8: Callable[[Path, Path, Sequence[str]], Path], tmp_path: Path
 ) -> Path:
     """A bundle whose DiT is INT8 in every layer, and says so."""
-    from offline_tools.quantize.graph_audit import audit_graph
-
-    graph = int8_graph("dit", bundle_copy / "onnx")
-    path = bundle_copy / "manifest.json"
-    content = json.loads(path.read_text())
-    content["graphs"]["dit"]["precision"] = "int8"
-    content["graphs"]["dit"]["quantization"] = quantization_record(
-        verdict.layer for verdict in audit_graph(graph, None)
-    )
-    path.write_text(json.dumps(content))
-    reseal(bundle_copy)
-    return bundle_copy
+    return write_int8(tmp_path / "bundle", tiny_bundle, ["dit"])

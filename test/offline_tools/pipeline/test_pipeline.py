@@ -253,7 +253,7 @@ def test_killed_run_is_gone_on_with_where_it_was(
     found = subprocess.run(words, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert "== export: up to date" in found.stdout
-    assert "interrupted the last time" in found.stdout
+    assert "   interrupted the last time" in found.stdout
     # The same inputs and options give the same bundle, whatever happened on the way.
     for name in ("float", "int8"):
         manifests = [(folder / name / "manifest.json") for folder in (tmp_path / "out", output)]
@@ -355,20 +355,21 @@ def test_missing_folder_is_named(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("error", "code"), [(0.004, 0), (0.11, 1)])
+@pytest.mark.parametrize("failing", ["", "audit-engines", "verify-engines"])
 def test_where_engines_can_be_built_their_answers_are_part_of_the_verdict(
     arguments: list[str],
     output: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    error: float,
-    code: int,
+    failing: str,
 ) -> None:
     """The three commands that need a GPU are stood in for by what they leave."""
     folder = Path(shutil.copytree(output, tmp_path / "out"))
     engines = folder / "int8" / "engines" / "10.3.0-orin-sm87"
-    report = EngineReport({"backbone": "a"}, "a GPU", "frames", 3, error, 0.03, passed=not code)
+    error = 0.11 if failing == "verify-engines" else 0.004
+    report = EngineReport({"backbone": "a"}, "a GPU", "frames", 3, error, 0.03, error <= 0.03)
+    code, subcommand = int(bool(failing)), {"audit-engines": "audit"}.get(failing, failing)
     ran: list[tuple[str, ...]] = []
 
     def run(name: str, *words: str) -> None:
@@ -380,10 +381,10 @@ def test_where_engines_can_be_built_their_answers_are_part_of_the_verdict(
             shutil.copy(folder / "report" / "audit.json", words[-1])
         elif name == "verify-engines":
             report.write(report_path(folder / "int8", engines))
-            if code:
-                raise StepFailedError(name, code)
         else:
             pytest.fail(f"{name} ran again")
+        if name == subcommand:
+            raise StepFailedError(name, 1)
 
     monkeypatch.setattr("offline_tools.pipeline.command._engines_here", lambda _: engines)
     monkeypatch.setattr("offline_tools.pipeline.command.run_subcommand", run)
@@ -393,9 +394,13 @@ def test_where_engines_can_be_built_their_answers_are_part_of_the_verdict(
     assert [one[0] for one in ran] == ["build", "audit", "verify-engines"]
     assert ran[0][-3:] == built
     page = (folder / "report" / "report.md").read_text()
-    assert ("too far, do not run them" in page) == bool(code)
+    assert ("too far, do not run them" in page) == (failing == "verify-engines")
     assert "engines against the same graphs on ONNX Runtime | | " in page
     ran.clear()
+    capsys.readouterr()
     assert main(words) == code
     # A verdict that was bad is asked for again; what is right stays.
-    assert [one[0] for one in ran] == (["verify-engines"] if code else [])
+    assert [one[0] for one in ran] == ([subcommand] if failing else [])
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if "did not pass, or was interrupted" in line]
+    assert [line.split()[0] for line in lines] == ([failing] if failing else [])
