@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,32 @@ def test_every_exported_graph_is_parsed_and_built(
         assert rows[graph][1] == precision
         # A graph that was folded away would pass as well.
         assert int(rows[graph][2]) > 200
+
+
+@needs_tensorrt_rtx
+def test_graphs_of_the_shipped_policy_are_parsed_and_built(
+    repository_root: Path,
+    write_int8: Callable[[Path, Path, Sequence[str]], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("torch", reason="exporting needs torch")
+    from offline_tools.export.bundle_writer import ExportOptions, write_bundle
+    from offline_tools.training.shipped import POLICY_FOLDER
+
+    options = ExportOptions(
+        checkpoint=POLICY_FOLDER,
+        bundle=tmp_path / "fp16",
+        robot=repository_root / "config" / "simulated_arm.yaml",
+        instructions=("pick up the red cube",),
+    )
+    write_bundle(options, report=lambda _: None)
+    graphs = ("backbone", "action_head")
+    write_int8(tmp_path / "int8", options.bundle, graphs)
+    for precision in ("fp16", "int8"):
+        assert main(["build-check", "--bundle", str(tmp_path / precision)]) == 0
+        lines = capsys.readouterr().out.splitlines()[1:]
+        assert [line.split()[:2] for line in lines] == [[name, precision] for name in graphs]
 
 
 def test_graph_that_no_engine_runs_cannot_be_asked_for(
