@@ -62,7 +62,7 @@ def count_stage(graph: StageGraph) -> GraphWork:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes each product, norm and softmax; knows a weight by its storage, and so rows of one."""
+    """Notes each product, norm and softmax; knows a weight by its storage."""
 
     def __init__(self, constants: Mapping[str, Tensor], size: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -71,8 +71,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._names = {_storage(tensor): name for name, tensor in constants.items()}
         self._sizes = {name: _bytes(tensor) for name, tensor in constants.items()}
         self._read: set[str] = set()
-        # Kept: the number of a storage that was freed is given to another tensor.
-        self._rows: list[Tensor] = []
 
     @property
     def read_bytes(self) -> int:
@@ -91,10 +89,6 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in argument if isinstance(argument, list | tuple) else (argument,):
                 if isinstance(tensor, Tensor) and (name := self._names.get(_storage(tensor))):
                     self._read.add(name)
-        if func is _aten.index.Tensor and (name := self._names.get(_storage(args[0]))):
-            # The rows of one embodiment: they are what is read of that constant.
-            self._names[_storage(result)] = name
-            self._rows.append(result)
         if func in _PRODUCTS:
             first, second = (args[index] for index in _PRODUCTS[func])
             self._product(first, second, result)
@@ -112,15 +106,13 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _product(self, first: Tensor, second: Tensor, result: Tensor) -> None:
         flops = 2 * math.prod(result.shape) * first.shape[-1]
-        names = [self._names.get(_storage(operand), "") for operand in (first, second)]
-        weight = names[1] or names[0]
-        read = size = 0
-        for operand, name in zip((first, second), names, strict=True):
-            if weight and name == weight:
-                size = operand.untyped_storage().nbytes()
-            else:
-                read += _bytes(operand)
-        kind = kind_of(weight) if weight else ATTENTION
+        weight = self._names.get(_storage(second), "") or self._names.get(_storage(first), "")
+        read = sum(
+            _bytes(operand)
+            for operand in (first, second)
+            if not weight or self._names.get(_storage(operand)) != weight
+        )
+        kind, size = (kind_of(weight), self._sizes[weight]) if weight else (ATTENTION, 0)
         moved = read + _bytes(result)
         self.launches.append(Launch(kind, flops, size, moved, weight, input_bytes=read))
 
