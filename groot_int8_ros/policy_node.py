@@ -112,6 +112,8 @@ class PolicyNode(ManagedNode):
         self._policy = policy
         if isinstance(policy.graphs, ReferenceGraphs):
             self.get_logger().warning(policy.graphs.describe_cost())
+        for remark in policy.remarks:
+            self.get_logger().warning(remark)
         robot = self._node_parameters.declare_robot(policy.robot)
         self._writer = TrajectoryWriter(robot.action_joints)
         self._streams = ObservationStreams(self, robot.cameras, robot.state_joints, parameters)

@@ -182,6 +182,15 @@ class Policy:
         return self._bundle.folder
 
     @property
+    def remarks(self) -> tuple[str, ...]:
+        """What whoever runs the policy should know of how its engines were loaded."""
+        return tuple(
+            f"{name}: {remark}"
+            for name, engine in self._engines.items()
+            for remark in engine.remarks
+        )
+
+    @property
     def instructions(self) -> tuple[str, ...]:
         """The instructions of the bank; of reference graphs, which need none, empty."""
         return self.graphs.bank.instructions if isinstance(self.graphs, DeployedGraphs) else ()

@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,10 @@ class _Pause:
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         return self._record.outputs
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        return ()
 
     def run(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
         checked_feeds(self._record.file, self.inputs, feeds)

@@ -25,7 +25,7 @@ import pytest
 from numpy.typing import NDArray
 
 from groot_int8_ros.errors import EngineError
-from groot_int8_ros.policy.engines import TensorSpec
+from groot_int8_ros.policy.engines import TensorSpec, host_copy
 from groot_int8_ros.policy.engines.cuda import Cuda, CudaError
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine, mapped_once
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
@@ -119,6 +119,7 @@ def _runtime(gpu: _Gpu) -> Any:
     )
     module.cudaStreamCaptureMode = types.SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
     module.cudaHostAllocMapped, module.cudaHostAllocDefault = 2, 0
+    module.cudaMemoryType = types.SimpleNamespace(cudaMemoryTypeUnregistered=0)
 
     def free_bytes() -> int:
         return gpu.memory - sum(map(len, gpu.blocks.values()))
@@ -181,6 +182,12 @@ def _runtime(gpu: _Gpu) -> Any:
     module.cudaGetDeviceProperties = lambda _: (ok, types.SimpleNamespace(name=b"Orin\0"))
     module.cudaDeviceGetAttribute = lambda name, _: (ok, attributes[name])
     module.cudaMemGetInfo = lambda: (ok, free_bytes(), gpu.memory)
+    module.cudaPointerGetAttributes = lambda address: (
+        ok,
+        types.SimpleNamespace(
+            type=int(any(b <= address < b + len(gpu.blocks[b]) for b in gpu.blocks))
+        ),
+    )
     module.cudaMalloc = module.cudaHostAlloc = allocate
     module.cudaFree = module.cudaFreeHost = free
     module.cudaHostGetDevicePointer = device_pointer
@@ -251,8 +258,10 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str, version: str) -> Any:
     class Engine:
         num_io_tensors = 2
 
-        def __init__(self, log: Any) -> None:
+        def __init__(self, log: Any, plan: Any) -> None:
             self._log = log
+            # As 8.6 does with each compiled region: a copy of its own, in memory.
+            self.region = ctypes.create_string_buffer(plan[len(b"good") :], len(plan))
 
         def get_tensor_name(self, index: int) -> str:
             return "xy"[index]
@@ -275,7 +284,7 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str, version: str) -> Any:
 
         def deserialize_cuda_engine(self, plan: Any) -> Engine | None:
             if bytes(plan[:4]) == b"good":
-                return Engine(self._log)
+                return Engine(self._log, plan)
             self._log.log(1, "the plan cannot be read")
             return None
 
@@ -469,13 +478,37 @@ def test_memory_that_runs_out_while_loading_is_explained_and_given_back(
     ("version", "integrated", "twice"),
     [("8.6.1", True, True), ("8.6.1", False, False), ("10.3.0", True, False)],
 )
-def test_forecast_counts_the_copy_that_tensorrt_8_keeps_where_memory_is_shared(
+def test_forecast_counts_the_copy_that_tensorrt_8_makes_where_memory_is_shared(
     load: Callable[..., TensorRTEngine], version: str, integrated: bool, twice: bool
 ) -> None:
     gpu = _Gpu(memory=_ACTIVATIONS + len(b"good"), integrated=integrated)
     with pytest.raises(EngineError, match="got no memory for its inputs") as error:
         load(gpu, version=version)
-    assert ("weights 0.00, held twice by TensorRT 8" in str(error.value)) == twice
+    assert ("weights 0.00, twice while TensorRT 8 loads it," in str(error.value)) == twice
+
+
+def test_copy_that_tensorrt_keeps_leaves_memory_or_is_told(
+    load: Callable[..., TensorRTEngine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = b"good" + os.urandom(40 << 20)
+    engine = load(_Gpu(memory=1 << 30), plan=plan)
+    if "is itself in memory" in engine.host_copy.reason:
+        pytest.skip(engine.host_copy.reason)
+    assert engine.host_copy.found_bytes > 39 << 20
+    assert (engine.host_copy.kept_bytes, engine.remarks) == (0, [])
+    assert bytes(engine._engine.region)[: len(plan) - 4] == plan[4:]
+    _doubled(engine, 1, 2, 3)
+    engine.close()
+
+    monkeypatch.setattr(host_copy, "_SPARE_BYTES", 1 << 60)
+    engine = load(_Gpu(memory=1 << 30, capturable=False), plan=plan)
+    assert engine.host_copy.kept_bytes == engine.host_copy.found_bytes > 39 << 20
+    graph, copy = engine.remarks
+    assert graph.startswith("it runs without a CUDA graph: capture failed: operation not")
+    assert copy.startswith("TensorRT's own copy of 0.04 GiB of it stays in memory, for it could")
+    assert "GiB of room; /var/tmp lacks" in copy
+    _doubled(engine, 1, 2, 3)
+    engine.close()
 
 
 def test_plan_that_tensorrt_cannot_read_is_refused_with_its_reason(

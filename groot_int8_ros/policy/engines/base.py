@@ -9,7 +9,7 @@ is a bug.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -64,6 +64,10 @@ class Engine(Protocol):
     @property
     def outputs(self) -> Mapping[str, TensorSpec]:
         """Specs by output name."""
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What whoever runs the engine should know of how it was loaded, a sentence each."""
 
     def run(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
         """Run the graph once.

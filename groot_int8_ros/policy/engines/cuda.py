@@ -155,6 +155,14 @@ class Cuda:
         """Free page-locked host memory."""
         self._call("cudaFreeHost", pointer)
 
+    def is_unknown(self, pointer: int) -> bool:
+        """Whether CUDA neither allocated nor page-locked the memory at an address."""
+        try:
+            kind = self._call("cudaPointerGetAttributes", pointer).type
+        except CudaError:
+            return False
+        return bool(kind == self._rt.cudaMemoryType.cudaMemoryTypeUnregistered)
+
     def device_address(self, host_pointer: int) -> int:
         """Return the GPU's address of mapped host memory."""
         return int(self._call("cudaHostGetDevicePointer", host_pointer, 0))

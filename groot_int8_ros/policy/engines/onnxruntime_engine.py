@@ -6,7 +6,7 @@ raises where ONNX Runtime is not installed or does not load. Must not import Ten
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,11 @@ class OnnxRuntimeEngine:
     def outputs(self) -> Mapping[str, TensorSpec]:
         """Specs by output name."""
         return self._outputs
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """Nothing: it runs as it was asked to, or does not load."""
+        return ()
 
     def run(self, feeds: Tensors) -> dict[str, NDArray[Any]]:
         """Run the graph once; see `Engine.run`."""

@@ -3,11 +3,11 @@
 Owns: `TensorRTEngine`. Must not import torch. TensorRT and cuda-python are imported when an engine
 is loaded, so a robot that runs ONNX Runtime needs neither.
 
-Memory. The engine's file is mapped, not read: TensorRT copies the weights once, to where the GPU
-reads them, and the file's pages go back to the kernel before the next engine is loaded, so no
-second copy stays. Inputs and outputs are allocated once, for the largest shapes. Where CPU and GPU
-share memory and a probe shows that they see the same bytes, TensorRT reads and writes those
-buffers in place.
+Memory. The engine's file is mapped, not read: TensorRT copies the weights to where the GPU reads
+them, and the file's pages go back to the kernel before the next engine is loaded. Of a copy that
+TensorRT keeps for itself the pages are put behind a file (`host_copy`), so no second copy stays.
+Inputs and outputs are allocated once, for the largest shapes. Where CPU and GPU share memory and a
+probe shows that they see the same bytes, TensorRT reads and writes those buffers in place.
 
 CUDA graph. Each shape is run once plainly and once as a captured graph; the graph is kept if
 capturing works and gives the same outputs. It did not work for engines that allocate while they
@@ -20,7 +20,7 @@ import importlib
 import math
 import mmap
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds, is_unchanged
 from groot_int8_ros.policy.engines.cuda import Cuda, CudaError, host_view
+from groot_int8_ros.policy.engines.host_copy import HostCopy, move_copies, private_memory
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineManifest,
     EngineTensor,
@@ -44,6 +45,8 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 from groot_int8_ros.policy.files import read_json
 
 _BUNDLE_MANIFEST = "manifest.json"
+# For files without a name, if the engine's own folder does not take one.
+_DISK_FOLDER = Path("/var/tmp")
 _INT32 = np.iinfo(np.int32)
 
 
@@ -154,6 +157,7 @@ class TensorRTEngine:
         # What each input's buffer was last filled from.
         self._given: dict[str, NDArray[Any]] = {}
         self.cuda_graph_state = "off" if not use_cuda_graph else "not tried"
+        self.host_copy = HostCopy()
         self._log = make_logger(trt)
         try:
             self._load(trt)
@@ -171,6 +175,19 @@ class TensorRTEngine:
     def outputs(self) -> Mapping[str, TensorSpec]:
         """Specs by output name, as the graph has them."""
         return {name: tensor.spec for name, tensor in self._manifest.outputs.items()}
+
+    @property
+    def remarks(self) -> Sequence[str]:
+        """What costs time or memory here and need not; see `Engine.remarks`."""
+        found = []
+        if self.cuda_graph_state not in ("in use", "off"):
+            found.append(f"it runs without a CUDA graph: {self.cuda_graph_state}")
+        if self.host_copy.kept_bytes:
+            found.append(
+                f"TensorRT's own copy of {self.host_copy.kept_bytes / 2**30:.2f} GiB of it stays "
+                f"in memory, for it could not be moved to a disk: {self.host_copy.reason}"
+            )
+        return found
 
     @property
     def manifest(self) -> EngineManifest:
@@ -266,13 +283,13 @@ class TensorRTEngine:
         return path, manifest
 
     def _load(self, trt: Any) -> None:
-        twice = self._keeps_a_host_copy(str(trt.__version__))
+        twice = self._copies_in_host_memory(str(trt.__version__))
         weights = self._manifest.engine_bytes * (1 + twice)
         needed = weights + self._manifest.device_memory_bytes
         free = self._cuda.free_bytes()
         self._forecast = (
             f"it takes about {needed / 2**30:.2f} GiB (weights {weights / 2**30:.2f}"
-            f"{', held twice by TensorRT 8' if twice else ''}, activations "
+            f"{', twice while TensorRT 8 loads it' if twice else ''}, activations "
             f"{self._manifest.device_memory_bytes / 2**30:.2f}), and {free / 2**30:.2f} GiB were "
             "free"
         )
@@ -296,17 +313,22 @@ class TensorRTEngine:
         except CudaError as error:
             raise self._failure("got no memory for its inputs and outputs", error) from error
 
-    def _keeps_a_host_copy(self, library_version: str) -> bool:
-        """Return whether TensorRT holds the weights twice in the memory that it asks of.
+    def _copies_in_host_memory(self, library_version: str) -> bool:
+        """Return whether loading takes the weights twice of the memory that `free_bytes` is of.
 
-        TensorRT 8.6 keeps what it compiled as one region, which is most of a transformer, in the
-        host's memory besides the GPU's for as long as the engine lives.
+        TensorRT 8.6 copies what it compiled as one region, which is most of a transformer, into
+        the host's memory besides the GPU's. That copy can be moved only when it is complete.
         """
         return library_version.startswith("8.") and self._cuda.device().integrated
 
     def _deserialize(self) -> Any:
+        before = private_memory()
         with mapped_once(self._path) as mapped:
-            return self._runtime.deserialize_cuda_engine(mapped)
+            engine = self._runtime.deserialize_cuda_engine(mapped)
+            if engine is not None:
+                folders = (self._path.parent, _DISK_FOLDER)
+                self.host_copy = move_copies(mapped, before, folders, self._cuda.is_unknown)
+            return engine
 
     def _check_tensors(self, trt: Any) -> None:
         found: dict[bool, set[str]] = {True: set(), False: set()}

@@ -122,7 +122,7 @@ class ReusingEngine:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._buffers: dict[str, np.ndarray] = {}
-        self.inputs, self.outputs = engine.inputs, engine.outputs
+        self.inputs, self.outputs, self.remarks = engine.inputs, engine.outputs, engine.remarks
 
     def run(self, feeds: Tensors) -> dict[str, np.ndarray]:
         for name, array in self._engine.run(feeds).items():
