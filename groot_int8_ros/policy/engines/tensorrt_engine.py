@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 from groot_int8_ros.errors import EngineError
 from groot_int8_ros.policy.engines.base import Tensors, TensorSpec, checked_feeds, is_unchanged
 from groot_int8_ros.policy.engines.cuda import Cuda, CudaError, host_view
-from groot_int8_ros.policy.engines.host_copy import HostCopy, move_copies, private_memory
+from groot_int8_ros.policy.engines.host_copy import HostCopy, Span, move_copies, private_memory
 from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineManifest,
     EngineTensor,
@@ -160,8 +160,11 @@ class TensorRTEngine:
         self.host_copy = HostCopy()
         self._log = make_logger(trt)
         try:
+            before = private_memory()
             self._load(trt)
             self._warm_up()
+            # Not earlier: TensorRT reads its copy once more until the first run is over.
+            self.host_copy = self._move_host_copy(before)
         except BaseException:
             self.close()
             raise
@@ -322,13 +325,13 @@ class TensorRTEngine:
         return library_version.startswith("8.") and self._cuda.device().integrated
 
     def _deserialize(self) -> Any:
-        before = private_memory()
         with mapped_once(self._path) as mapped:
-            engine = self._runtime.deserialize_cuda_engine(mapped)
-            if engine is not None:
-                folders = (self._path.parent, _DISK_FOLDER)
-                self.host_copy = move_copies(mapped, before, folders, self._cuda.is_unknown)
-            return engine
+            return self._runtime.deserialize_cuda_engine(mapped)
+
+    def _move_host_copy(self, before: Sequence[Span]) -> HostCopy:
+        folders = (self._path.parent, _DISK_FOLDER)
+        with mapped_once(self._path) as mapped:
+            return move_copies(mapped, before, folders, self._cuda.is_unknown)
 
     def _check_tensors(self, trt: Any) -> None:
         found: dict[bool, set[str]] = {True: set(), False: set()}
