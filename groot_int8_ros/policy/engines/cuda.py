@@ -160,6 +160,7 @@ class Cuda:
         try:
             kind = self._call("cudaPointerGetAttributes", pointer).type
         except CudaError:
+            self._rt.cudaGetLastError()  # or the next, unrelated call would report it
             return False
         return bool(kind == self._rt.cudaMemoryType.cudaMemoryTypeUnregistered)
 

@@ -4,24 +4,28 @@ Owns: `HostCopy`, `private_memory`, `move_copies`. Must not import torch or Tens
 
 TensorRT 8.6 copies each compiled region of an engine, byte for byte out of the plan, into memory
 of its own and keeps it until the engine is closed; nothing in its interface gives it back, and
-nothing was seen to read it again (docs/engines.md, "At run time"). On a board whose CPU and GPU
-share memory that is every weight twice. Here the pages of such a copy are replaced by pages of a
-file with the same bytes, which the kernel loads only if somebody reads them. For TensorRT nothing
-changes: the addresses and what they hold stay, a write stays private, freeing frees.
+after the first run nothing was seen to read it (docs/engines.md, "At run time"). On a board whose
+CPU and GPU share memory that is every weight twice. Here the pages of such a copy are replaced by
+pages of a file with the same bytes, which the kernel loads only if somebody reads them. For
+TensorRT nothing changes: the addresses and what they hold stay, a write stays private, freeing
+frees.
 
-What is replaced is narrow on purpose. Memory is looked at only if it appeared while the engine was
-loaded, is private to this process, and is unknown to CUDA; of that only pages that hold what the
-engine's file holds, in its order. So no memory of a driver or of another thread is touched. When
-anything fails, what was not replaced stays as TensorRT made it.
+What is replaced is narrow on purpose: memory that appeared while the engine was loaded, is private
+to this process and unknown to CUDA, and of that only long runs of pages that hold what the
+engine's file holds, in its order. Other memory is at most read, and by the kernel's hand, so
+memory that another thread frees meanwhile is an error and no fault. A page is replaced when its
+file is known to be on a disk and out of memory; what cannot be replaced stays as TensorRT made it.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -30,21 +34,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 _MAPS = Path("/proc/self/maps")
-_MOUNTS = Path("/proc/self/mountinfo")
-_IN_MEMORY = {"ramfs", "tmpfs"}
+_MEMORY = Path("/proc/self/mem")
 
 # From here on glibc gives every allocation pages of its own, whatever it learnt from earlier ones.
 _LEAST_BYTES = 32 << 20
+# Shorter runs of equal pages are not worth a mapping each.
+_SHORTEST_RUN = 1 << 20
 _CHUNK_BYTES = 32 << 20
 # What has to be left on the disk: logs and recordings go on.
 _SPARE_BYTES = 1 << 30
 
-# Shorter runs of equal pages are not worth a mapping each.
-_SHORTEST_RUN = 1 << 20
-
-_PROBES = 4
-_PROBE_BYTES = 64
-_PROBE_VALUES = 16
+# How much is read of an engine's file in vain, about half a second for each GB.
+_SEARCH_BYTES = 6 << 30
+_SAMPLE_BYTES = 64
+_SAMPLE_VALUES = 16
 
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
@@ -59,8 +62,8 @@ class HostCopy:
 
     Attributes:
         found_bytes: Length of the pages that hold the engine's bytes.
-        moved_bytes: How many of them are a file's now.
-        reason: Why some are not; empty if all are.
+        moved_bytes: How many of them are a file's now, and out of memory.
+        reason: Why some are not, or why none was looked for; empty if all are.
     """
 
     found_bytes: int = 0
@@ -80,11 +83,12 @@ def private_memory() -> list[Span]:
         Ascending spans of whole pages; none where there is no `/proc`.
     """
     try:
-        lines = _MAPS.read_text(encoding="utf-8").splitlines()
+        # Paths may be of any bytes, and only a line feed ends a line.
+        lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     except OSError:
         return []
     spans = []
-    for line in lines:
+    for line in filter(None, lines):
         addresses, access, _offset, _device, inode, *name = line.split(maxsplit=5)
         # A kernel may let allocators name theirs: `[anon: ...]`.
         if access == "rw-p" and inode == "0" and (not name or name[0].startswith("[anon:")):
@@ -94,51 +98,56 @@ def private_memory() -> list[Span]:
 
 
 def move_copies(
-    plan: mmap.mmap,
+    plan: Path,
     before: Sequence[Span],
     folders: Iterable[Path],
     is_plain: Callable[[int], bool],
 ) -> HostCopy:
-    """Put what was copied of an engine's file into the process's memory behind a file.
+    """Put what was copied of an engine's file into the process's memory behind another file.
 
-    Call it as soon as the engine is loaded, before anything runs it.
+    Call it after the engine's first run, which still reads the copy, and while nothing runs it.
 
     Args:
         plan: The engine's file.
         before: `private_memory()` of before it was loaded.
-        folders: Where the file may be, the first that suits; it has no name there, and is gone
-            with the memory, which is when the engine is closed or the process ends.
+        folders: Where the other file may be, the first that suits; it has no name there, and is
+            gone with the memory, which is when the engine is closed or the process ends.
         is_plain: Tells of an address whether CUDA knows nothing of the memory there.
 
     Returns:
-        What was found and moved. Nothing is raised: a copy that stays costs memory and no more.
+        What was found and moved. A copy that stays costs memory and no more, so no error of the
+        system's is raised.
     """
-    copies = [
-        (start, end)
-        for span in _without(private_memory(), before)
-        for start, end in _copies(plan, span)
-        if is_plain(start) and is_plain(end - 1)
+    # A copy shows as memory of its length, so there is mostly nothing to read.
+    spans = [
+        span for span in _without(private_memory(), before) if span[1] - span[0] >= _LEAST_BYTES
     ]
-    found = sum(end - start for start, end in copies)
-    if not copies:
+    if not spans:
         return HostCopy()
-    stream, where = _open_file(folders, found)
-    if stream is None:
-        return HostCopy(found, 0, where)
-    moved, reason = 0, ""
-    with stream:
-        try:
+    found = moved = 0
+    try:
+        with ExitStack() as stack:
+            search = _Search(stack.enter_context(plan.open("rb", buffering=0)), stack)
+            copies = [
+                (start, end)
+                for span in spans
+                for start, end in search.copies(span)
+                if is_plain(start) and is_plain(end - 1)
+            ]
+            found = sum(end - start for start, end in copies)
+            if not copies:
+                return HostCopy()
+            mover = _Mover(folders, found, stack)
             for start, end in copies:
                 for at in range(start, end, _CHUNK_BYTES):
-                    size = min(_CHUNK_BYTES, end - at)
-                    _move(at, size, stream.fileno(), moved)
-                    moved += size
-        except OSError as error:
-            reason = f"{where}: {error.strerror}"
-    return HostCopy(found, moved, reason)
+                    moved += mover.move(at, min(_CHUNK_BYTES, end - at))
+    except (OSError, MemoryError) as error:
+        return HostCopy(found, moved, getattr(error, "strerror", None) or repr(error))
+    return HostCopy(found, moved)
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
+    """Return what of ascending spans is in none of other ascending spans."""
     left = []
     for start, end in spans:
         for other_start, other_end in others:
@@ -152,115 +161,196 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
     return left
 
 
-def _copies(plan: mmap.mmap, span: Span) -> Iterator[Span]:
-    """Yield the runs of whole pages of a span that hold bytes of the plan, in its order."""
-    unknown = [span]
-    while unknown:
-        start, end = unknown.pop()
-        if end - start < _LEAST_BYTES:
-            continue
-        offset = _plan_offset(plan, start, end)
-        if offset is None:
-            continue
-        runs = [
-            (first, behind)
-            for first, behind in _equal_pages(plan, start, end, offset)
-            if behind - first >= _SHORTEST_RUN
-        ]
-        yield from runs
-        # Another region's copy may lie beside it, shifted by another length.
-        if runs:
-            unknown += _without([(start, end)], runs)
+class _Search:
+    """Finds runs of whole pages that hold a plan's bytes, in its order."""
+
+    def __init__(self, plan: IO[bytes], stack: ExitStack) -> None:
+        self._plan = plan.fileno()
+        self._plan_bytes = os.fstat(self._plan).st_size
+        # What was read of the plan is not to stay in memory either.
+        stack.callback(os.posix_fadvise, self._plan, 0, 0, os.POSIX_FADV_DONTNEED)
+        self._memory = stack.enter_context(_MEMORY.open("rb", buffering=0)).fileno()
+        self._left_bytes = _SEARCH_BYTES
+
+    def copies(self, span: Span) -> Iterator[Span]:
+        """Yield the runs inside a span, each at least `_SHORTEST_RUN` long."""
+        unknown = [span]
+        while unknown:
+            start, end = unknown.pop()
+            runs = self._runs(start, end)
+            yield from runs
+            # Another region's copy may lie beside it, shifted by another length.
+            if runs:
+                unknown += _without([(start, end)], runs)
+
+    def _runs(self, start: int, end: int) -> list[Span]:
+        """Return the runs that share the first shift that is found; none if none is."""
+        for at in _spread(start, end):
+            sample = bytes(_read(self._memory, at, bytearray(_SAMPLE_BYTES)))
+            # A run of one value is anywhere.
+            if len(set(sample)) < _SAMPLE_VALUES:
+                continue
+            if self._left_bytes < 0:
+                break
+            found = self._find(sample)
+            if found is not None:
+                runs = list(self._equal_pages(start, end, found - (at - start)))
+                if runs:
+                    return runs
+            self._left_bytes -= self._plan_bytes
+        return []
+
+    def _find(self, sample: bytes) -> int | None:
+        chunk = bytearray(_CHUNK_BYTES)
+        for offset in range(0, self._plan_bytes, _CHUNK_BYTES - _SAMPLE_BYTES):
+            size = min(_CHUNK_BYTES, self._plan_bytes - offset)
+            _read(self._plan, offset, memoryview(chunk)[:size])
+            found = chunk.find(sample, 0, size)
+            if found >= 0:
+                return offset + found
+        return None
+
+    def _equal_pages(self, start: int, end: int, offset: int) -> Iterator[Span]:
+        """Yield the runs of a span that equal the plan, its byte `offset` being at `start`."""
+        page = mmap.PAGESIZE
+        first = start + -(-max(0, -offset) // page) * page
+        behind = start + min(end - start, self._plan_bytes - offset) // page * page
+        ours, theirs = bytearray(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
+        run = first
+        ends = []
+        for at in range(first, behind, _CHUNK_BYTES):
+            size = min(_CHUNK_BYTES, behind - at)
+            in_memory = _array(_read(self._memory, at, memoryview(ours)[:size]))
+            in_plan = _array(_read(self._plan, offset + at - start, memoryview(theirs)[:size]))
+            equal = (in_memory == in_plan).reshape(-1, page).all(axis=1)
+            ends += [at + int(unequal) * page for unequal in np.flatnonzero(~equal)]
+        for unequal in [*ends, behind]:
+            if unequal - run >= _SHORTEST_RUN:
+                yield run, unequal
+            run = unequal + page
 
 
-def _plan_offset(plan: mmap.mmap, start: int, end: int) -> int | None:
-    """Return where in the plan the byte at `start` would be, judged by what lies behind it."""
-    for probe in range(_PROBES):
-        at = (end - start) * (2 * probe + 1) // (2 * _PROBES)
-        sample = _bytes_at(start + at, _PROBE_BYTES).tobytes()
-        # A run of one value is anywhere.
-        if len(set(sample)) < _PROBE_VALUES:
-            continue
-        found = plan.find(sample, 0)
-        if found >= 0:
-            return found - at
-    return None
+def _spread(start: int, end: int) -> Iterator[int]:
+    """Yield addresses inside a span, ever closer to each other, down to half `_LEAST_BYTES`."""
+    parts = 2
+    while end - start >= _LEAST_BYTES * parts // 4:
+        for part in range(1, parts, 2):
+            yield start + (end - start) * part // parts
+        parts *= 2
 
 
-def _equal_pages(plan: mmap.mmap, start: int, end: int, offset: int) -> Iterator[Span]:
-    """Yield the runs of whole pages that equal the plan's bytes from `offset` on."""
-    page = mmap.PAGESIZE
-    first = start + -(-max(0, -offset) // page) * page
-    behind = start + min(end - start, len(plan) - offset) // page * page
-    run = first
-    for at in range(first, behind, _CHUNK_BYTES):
-        size = min(_CHUNK_BYTES, behind - at)
-        in_plan = np.frombuffer(plan, np.uint8, size, offset + at - start)
-        equal = (_bytes_at(at, size) == in_plan).reshape(-1, page).all(axis=1)
-        del in_plan  # or the mapping could not be closed
-        for unequal in np.flatnonzero(~equal):
-            address = at + int(unequal) * page
-            if run < address:
-                yield run, address
-            run = address + page
-    if run < behind:
-        yield run, behind
+def _read(file: int, offset: int, buffer: bytearray | memoryview) -> memoryview:
+    view = memoryview(buffer)
+    done = 0
+    while done < len(view):
+        count = os.preadv(file, [view[done:]], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "a file ended while it was read")
+        done += count
+    return view
 
 
-def _bytes_at(address: int, size: int) -> NDArray[np.uint8]:
-    memory: Any = (ctypes.c_uint8 * size).from_address(address)
-    return np.frombuffer(memory, np.uint8)
+def _array(view: memoryview) -> NDArray[np.uint8]:
+    return np.frombuffer(view, np.uint8)
 
 
-def _open_file(folders: Iterable[Path], size: int) -> tuple[IO[bytes] | None, str]:
-    """Open a file without a name on a disk that has room.
+class _Mover:
+    """Replaces memory by pages of a file on the first folder that takes it."""
 
-    Returns:
-        The file and its folder, or None and what is wrong with each folder.
-    """
-    reasons = []
-    for folder in folders:
-        try:
-            disk = os.statvfs(folder)
-            if _is_in_memory(folder):
-                reasons.append(f"{folder} is itself in memory")
-            elif disk.f_bavail * disk.f_frsize < size + _SPARE_BYTES:
-                reasons.append(f"{folder} lacks {(size + _SPARE_BYTES) / 2**30:.1f} GiB of room")
+    def __init__(self, folders: Iterable[Path], size: int, stack: ExitStack) -> None:
+        self._candidates = iter(folders)
+        self._size = size
+        self._stack = stack
+        self._reasons: list[str] = []
+        self._file: int | None = None
+        self._folder = Path()
+        self._used = 0
+
+    def move(self, address: int, size: int) -> int:
+        """Replace whole pages of memory and return how many bytes that was.
+
+        Raises:
+            OSError: It cannot be replaced; `strerror` says what is wrong with each folder.
+        """
+        while True:
+            if self._file is None:
+                self._file = self._open_next()
+            try:
+                self._write(self._file, address, size)
+                _replace(address, size, self._file, self._used)
+            except OSError as error:
+                self._reasons.append(f"{self._folder}: {error.strerror}")
+                os.ftruncate(self._file, self._used)
+                self._file = None
             else:
-                return tempfile.TemporaryFile(dir=folder), str(folder)
-        except OSError as error:
-            reasons.append(f"{folder}: {error.strerror}")
-    return None, "; ".join(reasons)
+                self._used += size
+                return size
+
+    def _open_next(self) -> int:
+        for folder in self._candidates:
+            self._folder = folder
+            try:
+                disk = os.statvfs(folder)
+                needed = self._size + _SPARE_BYTES
+                if disk.f_bavail * disk.f_frsize < needed:
+                    raise OSError(errno.ENOSPC, f"lacks {needed / 2**30:.1f} GiB of room")
+                stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+            except OSError as error:
+                self._reasons.append(f"{folder}: {error.strerror}")
+            else:
+                self._stack.enter_context(stream)
+                self._used = 0
+                return stream.fileno()
+        raise OSError(errno.ENOSPC, "; ".join(self._reasons))
+
+    def _write(self, file: int, address: int, size: int) -> None:
+        memory: Any = (ctypes.c_uint8 * size).from_address(address)
+        view = memoryview(memory)
+        written = 0
+        while written < size:
+            written += os.pwrite(file, view[written:], self._used + written)
+        # The kernel drops no page that is not on the disk yet.
+        os.fdatasync(file)
+        os.posix_fadvise(file, self._used, size, os.POSIX_FADV_DONTNEED)
 
 
-def _is_in_memory(folder: Path) -> bool:
-    number = folder.stat().st_dev
-    device = f"{os.major(number)}:{os.minor(number)}"
-    for line in _MOUNTS.read_text(encoding="utf-8").splitlines():
-        mount, _, filesystem = line.partition(" - ")
-        if mount.split()[2] == device:
-            return filesystem.split()[0] in _IN_MEMORY
-    return False
+def _replace(address: int, size: int, file: int, offset: int) -> None:
+    """Map a file's bytes at an address, if they can be mapped and do not come back with that.
+
+    Tried elsewhere first: a mapping that fails where there was another may leave none.
+    """
+    trial = _map(None, size, file, offset, 0)
+    try:
+        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+        _check(_library().mincore(ctypes.c_void_p(trial), ctypes.c_size_t(size), pages))
+        # A few may be on their way out; a file system in memory, or mlockall, keeps all.
+        if 2 * sum(page & 1 for page in pages) > len(pages):
+            raise OSError(errno.EBUSY, "keeps its files, or this process its pages, in memory")
+    finally:
+        _check(_library().munmap(ctypes.c_void_p(trial), ctypes.c_size_t(size)))
+    _map(address, size, file, offset, _MAP_FIXED)
 
 
-def _move(address: int, size: int, file: int, offset: int) -> None:
-    memory = _bytes_at(address, size).data
-    written = 0
-    while written < size:
-        written += os.pwrite(file, memory[written:], offset + written)
-    # The kernel drops no page that is not on the disk yet.
-    os.fdatasync(file)
-    os.posix_fadvise(file, offset, size, os.POSIX_FADV_DONTNEED)
-    library = ctypes.CDLL(None, use_errno=True)
-    library.mmap.restype = ctypes.c_void_p
-    mapped = library.mmap(
+def _map(address: int | None, size: int, file: int, offset: int, flags: int) -> int:
+    function = _library().mmap
+    function.restype = ctypes.c_void_p
+    mapped = function(
         ctypes.c_void_p(address),
         ctypes.c_size_t(size),
         mmap.PROT_READ | mmap.PROT_WRITE,
-        mmap.MAP_PRIVATE | _MAP_FIXED,
+        mmap.MAP_PRIVATE | flags,
         file,
         ctypes.c_long(offset),
     )
-    if mapped == _MAP_FAILED:
-        error = ctypes.get_errno()
-        raise OSError(error, os.strerror(error))
+    _check(-1 if mapped == _MAP_FAILED else 0)
+    return int(mapped)
+
+
+def _library() -> Any:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def _check(status: int) -> None:
+    if status != 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))

@@ -45,7 +45,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 from groot_int8_ros.policy.files import read_json
 
 _BUNDLE_MANIFEST = "manifest.json"
-# For files without a name, if the engine's own folder does not take one.
+# On the system's own disk, which is there for as long as the process; a bundle's need not be.
 _DISK_FOLDER = Path("/var/tmp")
 _INT32 = np.iinfo(np.int32)
 
@@ -183,12 +183,13 @@ class TensorRTEngine:
     def remarks(self) -> Sequence[str]:
         """What costs time or memory here and need not; see `Engine.remarks`."""
         found = []
-        if self.cuda_graph_state not in ("in use", "off"):
+        if self.cuda_graph_state != "in use" and not self.cuda_graph_state.startswith("off"):
             found.append(f"it runs without a CUDA graph: {self.cuda_graph_state}")
-        if self.host_copy.kept_bytes:
+        if self.host_copy.reason:
             found.append(
-                f"TensorRT's own copy of {self.host_copy.kept_bytes / 2**30:.2f} GiB of it stays "
-                f"in memory, for it could not be moved to a disk: {self.host_copy.reason}"
+                f"TensorRT's own copy of it ({self.host_copy.kept_bytes / 2**30:.2f} GiB were "
+                f"found) stays in memory, for it could not be moved to a disk: "
+                f"{self.host_copy.reason}"
             )
         return found
 
@@ -329,9 +330,8 @@ class TensorRTEngine:
             return self._runtime.deserialize_cuda_engine(mapped)
 
     def _move_host_copy(self, before: Sequence[Span]) -> HostCopy:
-        folders = (self._path.parent, _DISK_FOLDER)
-        with mapped_once(self._path) as mapped:
-            return move_copies(mapped, before, folders, self._cuda.is_unknown)
+        folders = (_DISK_FOLDER, self._path.parent)
+        return move_copies(self._path, before, folders, self._cuda.is_unknown)
 
     def _check_tensors(self, trt: Any) -> None:
         found: dict[bool, set[str]] = {True: set(), False: set()}
