@@ -39,6 +39,7 @@ from std_msgs.msg import Header, String
 from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.prefix_model import compute_prefix
 from groot_int8_ros.policy.robot import joint_to_policy, policy_to_joint
@@ -606,10 +607,9 @@ def test_camera_of_another_size_and_costly_graphs_are_told_at_configure(
     assert "every chunk takes 8 runs of graphs instead of 2" in node.text()
 
 
-def test_activate_works_again_once_a_hung_inference_has_returned(
-    robot: Robot, policy: Policy, tiny_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("groot_int8_ros.policy_node.STOP_TIMEOUT_S", 0.2)
+@pytest.fixture
+def own_node(robot: Robot, policy: Policy, tiny_bundle: Path) -> Iterator[PolicyNode]:
+    """The node in this process, where its inside can be reached; not configured yet."""
     overrides = {
         ".".join(path): value
         for path, value in _leaves(robot_parameters(policy, tiny_bundle))
@@ -620,6 +620,28 @@ def test_activate_works_again_once_a_hung_inference_has_returned(
         parameter_overrides=[Parameter(name, value=value) for name, value in overrides.items()],
     )
     robot.executor.add_node(node)
+    yield node
+    node.close()
+    robot.executor.remove_node(node)
+    node.destroy_node()
+
+
+def test_what_an_engine_remarks_of_how_it_was_loaded_is_logged(
+    own_node: PolicyNode, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(OnnxRuntimeEngine, "remarks", ("it runs without a CUDA graph: no",))
+    assert own_node.trigger_configure() == TransitionCallbackReturn.SUCCESS
+    log = capfd.readouterr().err
+    assert own_node._policy is not None
+    for graph in own_node._policy.manifest.engine_graphs:
+        assert re.search(rf"\[WARN\].*{graph}: it runs without a CUDA graph: no", log)
+
+
+def test_activate_works_again_once_a_hung_inference_has_returned(
+    robot: Robot, own_node: PolicyNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("groot_int8_ros.policy_node.STOP_TIMEOUT_S", 0.2)
+    node = own_node
     hanging, release = threading.Event(), threading.Event()
     try:
         assert node.trigger_configure() == TransitionCallbackReturn.SUCCESS
@@ -643,9 +665,6 @@ def test_activate_works_again_once_a_hung_inference_has_returned(
         robot.until(lambda: robot.pairs(), "a chunk", robot.observe)
     finally:
         release.set()
-        node.close()
-        robot.executor.remove_node(node)
-        node.destroy_node()
 
 
 def _leaves(
