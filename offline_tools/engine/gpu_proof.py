@@ -4,8 +4,10 @@ Owns: the subcommand. Must not import torch. It builds engines of every kind fro
 checkpoint (the float ones as they are; the float32 one through the entropy calibrator, where this
 TensorRT has it; the INT8 ones by their Q/DQ nodes), side by side in processes of their own, and
 then loads them all and prints, for each: outputs against ONNX Runtime on the float32 graph and on
-its own graph, verdicts of the layer audit, whether a CUDA graph is in use, and times that were
-measured in turns, so that a clock that moves moves all of them.
+its own graph, verdicts of the layer audit, whether a CUDA graph is in use, times that were
+measured in turns, so that a clock that moves moves all of them, and how much TensorRT keeps of the
+engine in the host's memory (`host_copy`), with what of that came back into memory in all these
+runs.
 
 Use bundles of a small checkpoint (`make-checkpoint --size narrow`): it is the mechanism that is
 shown here. Accuracy and speed of a real policy are another matter.
@@ -190,7 +192,7 @@ def _measure(
     print(f"\n{graph}: worst of {len(feeds)} feeds")
     print(
         f"{'engine':28}{'MB':>8}{'vs float32':>12}{'vs own ONNX':>12}{'INT8':>6}{'FLOAT':>6}"
-        f"{'UNKN':>6}{'ms':>9}{'plain':>9}  CUDA graph"
+        f"{'UNKN':>6}{'ms':>9}{'plain':>9}{'copy MB':>9}{'back':>6}  CUDA graph"
     )
     try:
         for variant in variants:
@@ -215,6 +217,9 @@ def _measure(
                 "against_own_graph": _error(own, found),
                 "verdicts": {v: verdicts.count(v) for v in ("INT8", "FLOAT", "UNKNOWN")},
                 "milliseconds": times[variant.name],
+                "host_copy_megabytes": engine.host_copy.found_bytes / 1e6,
+                "host_copy_reason": engine.host_copy.reason,
+                "host_copy_returned_megabytes": engine.host_copy.returned_bytes() / 1e6,
                 "cuda_graph": engine.cuda_graph_state,
                 "zero_copy": engine.zero_copy,
                 "build_seconds": engine.manifest.seconds,
@@ -291,10 +296,16 @@ def _print(row: Mapping[str, Any]) -> None:
     print(
         f"{row['engine']:28}{row['megabytes']:8.2f}{_shown(row['against_float32'])}"
         f"{_shown(row['against_own_graph'])}{verdicts['INT8']:6}{verdicts['FLOAT']:6}"
-        f"{verdicts['UNKNOWN']:6}{row['milliseconds']:9.4f}{row['milliseconds_plain']:9.4f}  "
-        f"{row['cuda_graph']}",
+        f"{verdicts['UNKNOWN']:6}{row['milliseconds']:9.4f}{row['milliseconds_plain']:9.4f}"
+        f"{row['host_copy_megabytes']:9.2f}{_returned(row)}  {row['cuda_graph']}",
         flush=True,
     )
+
+
+def _returned(row: Mapping[str, Any]) -> str:
+    """Return what of TensorRT's copy came back into memory, or that it never left."""
+    kept = row["host_copy_reason"] != ""
+    return f"{'kept' if kept else format(row['host_copy_returned_megabytes'], '.2f'):>6}"
 
 
 def _shown(error: float | None) -> str:

@@ -496,6 +496,7 @@ def test_copy_that_tensorrt_keeps_leaves_memory_or_is_told(
         pytest.skip(engine.host_copy.reason)
     assert engine.host_copy.found_bytes > 39 << 20
     assert (engine.host_copy.kept_bytes, engine.remarks) == (0, [])
+    assert engine.host_copy.returned_bytes() == 0
     assert bytes(engine._engine.region)[: len(plan) - 4] == plan[4:]
     _doubled(engine, 1, 2, 3)
     engine.close()

@@ -33,6 +33,9 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+Span = tuple[int, int]
+"""First address, and the one behind the last."""
+
 _MAPS = Path("/proc/self/maps")
 _MEMORY = Path("/proc/self/mem")
 
@@ -52,9 +55,6 @@ _SAMPLE_VALUES = 16
 _MAP_FIXED = 0x10
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
-Span = tuple[int, int]
-"""First address, and the one behind the last."""
-
 
 @dataclass(frozen=True)
 class HostCopy:
@@ -62,18 +62,30 @@ class HostCopy:
 
     Attributes:
         found_bytes: Length of the pages that hold the engine's bytes.
-        moved_bytes: How many of them are a file's now, and out of memory.
+        moved: The spans that are a file's now, and were out of memory when they became that.
         reason: Why some are not, or why none was looked for; empty if all are.
     """
 
     found_bytes: int = 0
-    moved_bytes: int = 0
+    moved: tuple[Span, ...] = ()
     reason: str = ""
+
+    @property
+    def moved_bytes(self) -> int:
+        """Length of the spans that are a file's now."""
+        return sum(end - start for start, end in self.moved)
 
     @property
     def kept_bytes(self) -> int:
         """What stays in memory beside the engine."""
         return self.found_bytes - self.moved_bytes
+
+    def returned_bytes(self) -> int:
+        """Return how much of what was moved is in memory again, for somebody read it.
+
+        Only while the engine is loaded: the addresses are others' afterwards.
+        """
+        return sum(_resident_bytes(start, end - start) for start, end in self.moved)
 
 
 def private_memory() -> list[Span]:
@@ -124,7 +136,7 @@ def move_copies(
     ]
     if not spans:
         return HostCopy()
-    found = moved = 0
+    found, moved = 0, list[Span]()
     try:
         with ExitStack() as stack:
             search = _Search(stack.enter_context(plan.open("rb", buffering=0)), stack)
@@ -140,10 +152,13 @@ def move_copies(
             mover = _Mover(folders, found, stack)
             for start, end in copies:
                 for at in range(start, end, _CHUNK_BYTES):
-                    moved += mover.move(at, min(_CHUNK_BYTES, end - at))
+                    size = min(_CHUNK_BYTES, end - at)
+                    mover.move(at, size)
+                    moved.append((at, at + size))
     except (OSError, MemoryError) as error:
-        return HostCopy(found, moved, getattr(error, "strerror", None) or repr(error))
-    return HostCopy(found, moved)
+        reason = getattr(error, "strerror", None) or repr(error)
+        return HostCopy(found, tuple(moved), reason)
+    return HostCopy(found, tuple(moved))
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
@@ -266,8 +281,8 @@ class _Mover:
         self._folder = Path()
         self._used = 0
 
-    def move(self, address: int, size: int) -> int:
-        """Replace whole pages of memory and return how many bytes that was.
+    def move(self, address: int, size: int) -> None:
+        """Replace whole pages of memory.
 
         Raises:
             OSError: It cannot be replaced; `strerror` says what is wrong with each folder.
@@ -284,7 +299,7 @@ class _Mover:
                 self._file = None
             else:
                 self._used += size
-                return size
+                return
 
     def _open_next(self) -> int:
         for folder in self._candidates:
@@ -321,14 +336,18 @@ def _replace(address: int, size: int, file: int, offset: int) -> None:
     """
     trial = _map(None, size, file, offset, 0)
     try:
-        pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-        _check(_library().mincore(ctypes.c_void_p(trial), ctypes.c_size_t(size), pages))
-        # A few may be on their way out; a file system in memory, or mlockall, keeps all.
-        if 2 * sum(page & 1 for page in pages) > len(pages):
+        # A few pages may be on their way out; a file system in memory, or mlockall, keeps all.
+        if 2 * _resident_bytes(trial, size) > size:
             raise OSError(errno.EBUSY, "keeps its files, or this process its pages, in memory")
     finally:
         _check(_library().munmap(ctypes.c_void_p(trial), ctypes.c_size_t(size)))
     _map(address, size, file, offset, _MAP_FIXED)
+
+
+def _resident_bytes(address: int, size: int) -> int:
+    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
+    _check(_library().mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages))
+    return sum(page & 1 for page in pages) * mmap.PAGESIZE
 
 
 def _map(address: int | None, size: int, file: int, offset: int, flags: int) -> int:
