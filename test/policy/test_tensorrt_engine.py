@@ -488,9 +488,10 @@ def test_forecast_counts_the_copy_that_tensorrt_8_makes_where_memory_is_shared(
 
 
 def test_copy_that_tensorrt_keeps_leaves_memory_or_is_told(
-    load: Callable[..., TensorRTEngine], monkeypatch: pytest.MonkeyPatch
+    load: Callable[..., TensorRTEngine], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     plan = b"good" + os.urandom(40 << 20)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     engine = load(_Gpu(memory=1 << 30), plan=plan)
     if "keeps its files" in engine.host_copy.reason:
         pytest.skip(engine.host_copy.reason)

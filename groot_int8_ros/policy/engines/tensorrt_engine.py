@@ -45,8 +45,8 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 from groot_int8_ros.policy.files import read_json
 
 _BUNDLE_MANIFEST = "manifest.json"
-# On the system's own disk, which is there for as long as the process; a bundle's need not be.
-_DISK_FOLDER = Path("/var/tmp")
+# Of the system, for files that need not be in memory; a bundle is verified and not written to.
+_DISK_FOLDER = "/var/tmp"
 _INT32 = np.iinfo(np.int32)
 
 
@@ -330,8 +330,8 @@ class TensorRTEngine:
             return self._runtime.deserialize_cuda_engine(mapped)
 
     def _move_host_copy(self, before: Sequence[Span]) -> HostCopy:
-        folders = (_DISK_FOLDER, self._path.parent)
-        return move_copies(self._path, before, folders, self._cuda.is_unknown)
+        folders = dict.fromkeys((os.environ.get("TMPDIR", _DISK_FOLDER), _DISK_FOLDER))
+        return move_copies(self._path, before, map(Path, folders), self._cuda.is_unknown)
 
     def _check_tensors(self, trt: Any) -> None:
         found: dict[bool, set[str]] = {True: set(), False: set()}
