@@ -192,7 +192,7 @@ def _measure(
     print(f"\n{graph}: worst of {len(feeds)} feeds")
     print(
         f"{'engine':28}{'MB':>8}{'vs float32':>12}{'vs own ONNX':>12}{'INT8':>6}{'FLOAT':>6}"
-        f"{'UNKN':>6}{'ms':>9}{'plain':>9}{'copy MB':>9}{'back':>6}  CUDA graph"
+        f"{'UNKN':>6}{'ms':>9}{'plain':>9}{'copy MB':>9}{'resident':>9}  CUDA graph"
     )
     try:
         for variant in variants:
@@ -218,7 +218,7 @@ def _measure(
                 "verdicts": {v: verdicts.count(v) for v in ("INT8", "FLOAT", "UNKNOWN")},
                 "milliseconds": times[variant.name],
                 "host_copy_megabytes": engine.host_copy.found_bytes / 1e6,
-                "host_copy_reason": engine.host_copy.reason,
+                "host_copy_kept_megabytes": engine.host_copy.kept_bytes / 1e6,
                 "host_copy_returned_megabytes": engine.host_copy.returned_bytes() / 1e6,
                 "cuda_graph": engine.cuda_graph_state,
                 "zero_copy": engine.zero_copy,
@@ -297,15 +297,11 @@ def _print(row: Mapping[str, Any]) -> None:
         f"{row['engine']:28}{row['megabytes']:8.2f}{_shown(row['against_float32'])}"
         f"{_shown(row['against_own_graph'])}{verdicts['INT8']:6}{verdicts['FLOAT']:6}"
         f"{verdicts['UNKNOWN']:6}{row['milliseconds']:9.4f}{row['milliseconds_plain']:9.4f}"
-        f"{row['host_copy_megabytes']:9.2f}{_returned(row)}  {row['cuda_graph']}",
+        f"{row['host_copy_megabytes']:9.2f}"
+        f"{row['host_copy_kept_megabytes'] + row['host_copy_returned_megabytes']:9.2f}  "
+        f"{row['cuda_graph']}",
         flush=True,
     )
-
-
-def _returned(row: Mapping[str, Any]) -> str:
-    """Return what of TensorRT's copy came back into memory, or that it never left."""
-    kept = row["host_copy_reason"] != ""
-    return f"{'kept' if kept else format(row['host_copy_returned_megabytes'], '.2f'):>6}"
 
 
 def _shown(error: float | None) -> str:

@@ -134,13 +134,34 @@ def test_copy_leaves_memory_and_the_library_that_made_it_sees_no_change(
     assert sorted(disk.iterdir()) == names, "the file has no name"
     assert digest_at(address) == digest(content)
     assert moved.returned_bytes() == moved.moved_bytes, "all of it was read"
-    # A write is the process's own, as before.
+    kinds = {
+        line.split()[1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if any(line.startswith(f"{start:x}-") for start, _ in moved.moved)
+    }
+    assert kinds == {"rw-p"}, "a write is the process's own, as before"
     middle = address + REGION // 2
     ctypes.memset(middle, content[REGION // 2] ^ 1, 1)
     changed = bytearray(content)
     changed[REGION // 2] ^= 1
     assert digest_at(address) == digest(bytes(changed))
     assert region(plan) == content
+
+
+def test_plan_leaves_nothing_in_memory_by_being_searched(
+    plan: Path, disk: Path, allocate: Allocate
+) -> None:
+    if keeps_files_in_memory(plan.parent):
+        pytest.skip(f"{plan.parent} is in memory")
+    content = region(plan)
+    before = private_memory()
+    allocate(content)
+    assert move(plan, before, disk).kept_bytes == 0
+    with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as kept:
+        start = ctypes.c_char.from_buffer(kept)
+        resident = in_memory(ctypes.addressof(start), len(kept))
+        del start
+    assert resident == 0
 
 
 def test_freeing_the_copy_gives_addresses_and_disk_back(plan: Path, disk: Path) -> None:
@@ -239,7 +260,9 @@ def test_memory_that_cuda_knows_is_not_touched(
     address = allocate(content)
     middle = address + REGION // 2
     known = range(middle) if end == "first" else range(middle, address + REGION)
-    assert move(plan, before, disk, is_plain=lambda at: at not in known) == HostCopy()
+    kept = move(plan, before, disk, is_plain=lambda at: at not in known)
+    assert kept.kept_bytes == kept.found_bytes > REGION - 2 * PAGE
+    assert kept.reason == "CUDA uses some of that memory itself"
     assert stays(address)
 
 
@@ -258,7 +281,7 @@ def test_without_a_disk_the_copy_stays_and_each_folder_is_told(
     )
     with monkeypatch.context() as patch:
         patch.setattr(host_copy, "_SPARE_BYTES", 1 << 60)
-        assert "GiB of room" in move(plan, before, disk).reason
+        assert "has no room of" in move(plan, before, disk).reason
     assert stays(address)
     assert move(plan, before, memory, missing, disk).reason == "", "the next folder is taken"
     assert in_memory(address) == 0
@@ -315,15 +338,65 @@ def test_process_that_locks_its_memory_keeps_the_copy(
     assert digest_at(address) == digest(content)
 
 
-def test_memory_that_goes_away_meanwhile_is_no_fault(
-    plan: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+def test_memory_that_goes_away_meanwhile_is_no_fault_and_no_obstacle(
+    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    content = region(plan)
+    before = private_memory()
+    address = allocate(content)
     # As when another thread frees what it had: this process would be killed for reading it.
-    address = int(LIBC.malloc(REGION))
-    LIBC.free(address)
-    gone = [(address // PAGE * PAGE, address // PAGE * PAGE + REGION)]
-    monkeypatch.setattr(host_copy, "private_memory", lambda: gone)
-    assert move(plan, [], disk) == HostCopy(reason="Input/output error")
+    freed = int(LIBC.malloc(2 * REGION))
+    LIBC.free(freed)
+    gone = (freed // PAGE * PAGE, freed // PAGE * PAGE + 2 * REGION)
+    found = host_copy._without(private_memory(), before)
+    monkeypatch.setattr(host_copy, "private_memory", lambda: sorted([*found, gone]))
+    moved = move(plan, [], disk)
+    assert moved.reason == "80 MiB could not be read (Input/output error)"
+    assert moved.kept_bytes == 0
+    assert in_memory(address) == 0
+
+
+def test_memory_that_was_not_searched_is_told(
+    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(REGION)
+    before = private_memory()
+    allocate(content)
+    monkeypatch.setattr(host_copy, "_SEARCH_BYTES", 0)
+    assert move(plan, before, disk).reason == "40 MiB were not searched to the end"
+
+
+def test_zeros_beside_a_copy_are_nobody_s_proof(
+    tmp_path: Path, disk: Path, allocate: Allocate
+) -> None:
+    # What another thread has there and has not written to yet equals the plan, too.
+    content, zeros = os.urandom(REGION), bytes(8 * MIB)
+    plan = tmp_path / "dit_model.engine"
+    plan.write_bytes(os.urandom(OFFSET) + zeros + content + zeros)
+    both = zeros + content + zeros
+    before = private_memory()
+    address = allocate(both)
+    moved = move(plan, before, disk)
+    # A page at each end holds both.
+    assert REGION - 2 * PAGE < moved.moved_bytes <= REGION + PAGE
+    assert in_memory(address, len(zeros)) >= len(zeros) - 2 * PAGE
+    assert in_memory(address + len(zeros) + REGION, len(zeros)) >= len(zeros) - 2 * PAGE
+    assert digest_at(address, len(both)) == digest(both)
+
+
+def test_sample_across_the_pieces_that_the_plan_is_read_in_is_found(
+    tmp_path: Path, disk: Path, allocate: Allocate
+) -> None:
+    content = os.urandom(REGION)
+    plan = tmp_path / "dit_model.engine"
+    before = private_memory()
+    address = allocate(content)
+    (span,) = [span for span in host_copy._without(private_memory(), before) if span[0] <= address]
+    sample = next(host_copy._spread(*span)) - address
+    header = host_copy._CHUNK_BYTES - host_copy._SAMPLE_BYTES // 2 - sample
+    plan.write_bytes(os.urandom(header) + content)
+    assert move(plan, before, disk).kept_bytes == 0
+    assert in_memory(address) == 0
 
 
 def test_plan_that_is_gone_is_told(plan: Path, disk: Path, allocate: Allocate) -> None:
@@ -334,7 +407,7 @@ def test_plan_that_is_gone_is_told(plan: Path, disk: Path, allocate: Allocate) -
 
 
 def test_mapped_file_of_any_name_is_no_obstacle(tmp_path: Path, allocate: Allocate) -> None:
-    with (tmp_path / os.fsdecode(b"caf\xe9 \xe2\x80\xa8 x")).open("wb+") as stream:
+    with (tmp_path / os.fsdecode(b"caf\xe9 \xe2\x80\xa8 \r x")).open("wb+") as stream:
         stream.write(bytes(PAGE))
         stream.flush()
         with mmap.mmap(stream.fileno(), PAGE):

@@ -12,9 +12,10 @@ frees.
 
 What is replaced is narrow on purpose: memory that appeared while the engine was loaded, is private
 to this process and unknown to CUDA, and of that only long runs of pages that hold what the
-engine's file holds, in its order. Other memory is at most read, and by the kernel's hand, so
-memory that another thread frees meanwhile is an error and no fault. A page is replaced when its
-file is known to be on a disk and out of memory; what cannot be replaced stays as TensorRT made it.
+engine's file holds, in its order, and that begin and end with more than one value. Other memory is
+at most read, and by the kernel's hand, so memory that another thread frees meanwhile is an error
+and no fault. A piece is replaced when its file's pages were seen to leave memory; what cannot be
+replaced stays as TensorRT made it.
 """
 
 from __future__ import annotations
@@ -62,8 +63,8 @@ class HostCopy:
 
     Attributes:
         found_bytes: Length of the pages that hold the engine's bytes.
-        moved: The spans that are a file's now, and were out of memory when they became that.
-        reason: Why some are not, or why none was looked for; empty if all are.
+        moved: The spans that are a file's now.
+        reason: Why some are not, or what could not be searched; empty if neither is the case.
     """
 
     found_bytes: int = 0
@@ -73,7 +74,7 @@ class HostCopy:
     @property
     def moved_bytes(self) -> int:
         """Length of the spans that are a file's now."""
-        return sum(end - start for start, end in self.moved)
+        return sum(map(_length, self.moved))
 
     @property
     def kept_bytes(self) -> int:
@@ -89,22 +90,23 @@ class HostCopy:
 
 
 def private_memory() -> list[Span]:
-    """Return the process's writable memory that belongs to no file and is no heap or stack.
+    """Return the process's writable memory that belongs to no file.
 
     Returns:
-        Ascending spans of whole pages; none where there is no `/proc`.
+        Ascending spans of whole pages, without the main heap and stack; none where there is no
+        `/proc`.
     """
     try:
         # Paths may be of any bytes, and only a line feed ends a line.
-        lines = _MAPS.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
+        lines = _MAPS.read_bytes().split(b"\n")
     except OSError:
         return []
     spans = []
     for line in filter(None, lines):
         addresses, access, _offset, _device, inode, *name = line.split(maxsplit=5)
         # A kernel may let allocators name theirs: `[anon: ...]`.
-        if access == "rw-p" and inode == "0" and (not name or name[0].startswith("[anon:")):
-            start, end = (int(address, 16) for address in addresses.split("-"))
+        if access == b"rw-p" and inode == b"0" and (not name or name[0].startswith(b"[anon:")):
+            start, end = (int(address, 16) for address in addresses.split(b"-"))
             spans.append((start, end))
     return spans
 
@@ -131,34 +133,37 @@ def move_copies(
         system's is raised.
     """
     # A copy shows as memory of its length, so there is mostly nothing to read.
-    spans = [
-        span for span in _without(private_memory(), before) if span[1] - span[0] >= _LEAST_BYTES
-    ]
+    spans = [span for span in _without(private_memory(), before) if _length(span) >= _LEAST_BYTES]
     if not spans:
         return HostCopy()
     found, moved = 0, list[Span]()
+    reasons = []
     try:
         with ExitStack() as stack:
             search = _Search(stack.enter_context(plan.open("rb", buffering=0)), stack)
             copies = [
-                (start, end)
-                for span in spans
-                for start, end in search.copies(span)
-                if is_plain(start) and is_plain(end - 1)
+                copy for span in sorted(spans, key=_length)[::-1] for copy in search.copies(span)
             ]
-            found = sum(end - start for start, end in copies)
-            if not copies:
-                return HostCopy()
+            reasons += search.reasons
+            found = sum(map(_length, copies))
+            plain = [
+                (start, end) for start, end in copies if is_plain(start) and is_plain(end - 1)
+            ]
+            if len(plain) < len(copies):
+                reasons.append("CUDA uses some of that memory itself")
             mover = _Mover(folders, found, stack)
-            for start, end in copies:
+            for start, end in plain:
                 for at in range(start, end, _CHUNK_BYTES):
                     size = min(_CHUNK_BYTES, end - at)
                     mover.move(at, size)
                     moved.append((at, at + size))
     except (OSError, MemoryError) as error:
-        reason = getattr(error, "strerror", None) or repr(error)
-        return HostCopy(found, tuple(moved), reason)
-    return HostCopy(found, tuple(moved))
+        reasons.append(getattr(error, "strerror", None) or repr(error))
+    return HostCopy(found, tuple(moved), "; ".join(reasons))
+
+
+def _length(span: Span) -> int:
+    return span[1] - span[0]
 
 
 def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
@@ -177,7 +182,11 @@ def _without(spans: Sequence[Span], others: Sequence[Span]) -> list[Span]:
 
 
 class _Search:
-    """Finds runs of whole pages that hold a plan's bytes, in its order."""
+    """Finds runs of whole pages that hold a plan's bytes, in its order.
+
+    Attributes:
+        reasons: What could not be searched, and why.
+    """
 
     def __init__(self, plan: IO[bytes], stack: ExitStack) -> None:
         self._plan = plan.fileno()
@@ -186,17 +195,24 @@ class _Search:
         stack.callback(os.posix_fadvise, self._plan, 0, 0, os.POSIX_FADV_DONTNEED)
         self._memory = stack.enter_context(_MEMORY.open("rb", buffering=0)).fileno()
         self._left_bytes = _SEARCH_BYTES
+        self.reasons: list[str] = []
 
-    def copies(self, span: Span) -> Iterator[Span]:
-        """Yield the runs inside a span, each at least `_SHORTEST_RUN` long."""
+    def copies(self, span: Span) -> list[Span]:
+        """Return the runs inside a span, each at least `_SHORTEST_RUN` long."""
+        found: list[Span] = []
         unknown = [span]
-        while unknown:
-            start, end = unknown.pop()
-            runs = self._runs(start, end)
-            yield from runs
-            # Another region's copy may lie beside it, shifted by another length.
-            if runs:
-                unknown += _without([(start, end)], runs)
+        try:
+            while unknown:
+                start, end = unknown.pop()
+                runs = self._runs(start, end)
+                found += runs
+                # Another region's copy may lie beside it, shifted by another length.
+                if runs:
+                    unknown += _without([(start, end)], runs)
+        except OSError as error:
+            # Another thread freed it: not TensorRT's, or no longer of one piece.
+            self.reasons.append(f"{_length(span) >> 20} MiB could not be read ({error.strerror})")
+        return found
 
     def _runs(self, start: int, end: int) -> list[Span]:
         """Return the runs that share the first shift that is found; none if none is."""
@@ -206,6 +222,7 @@ class _Search:
             if len(set(sample)) < _SAMPLE_VALUES:
                 continue
             if self._left_bytes < 0:
+                self.reasons.append(f"{(end - start) >> 20} MiB were not searched to the end")
                 break
             found = self._find(sample)
             if found is not None:
@@ -232,17 +249,27 @@ class _Search:
         behind = start + min(end - start, self._plan_bytes - offset) // page * page
         ours, theirs = bytearray(_CHUNK_BYTES), bytearray(_CHUNK_BYTES)
         run = first
-        ends = []
+        unlike = []
         for at in range(first, behind, _CHUNK_BYTES):
             size = min(_CHUNK_BYTES, behind - at)
             in_memory = _array(_read(self._memory, at, memoryview(ours)[:size]))
             in_plan = _array(_read(self._plan, offset + at - start, memoryview(theirs)[:size]))
             equal = (in_memory == in_plan).reshape(-1, page).all(axis=1)
-            ends += [at + int(unequal) * page for unequal in np.flatnonzero(~equal)]
-        for unequal in [*ends, behind]:
-            if unequal - run >= _SHORTEST_RUN:
-                yield run, unequal
-            run = unequal + page
+            unlike += [at + int(number) * page for number in np.flatnonzero(~equal)]
+        for stop in [*unlike, behind]:
+            # Memory beside a copy may hold zeros, as the plan may beside a region.
+            while stop - run >= _SHORTEST_RUN and self._is_uniform(run):
+                run += page
+            last = stop
+            while last - run >= _SHORTEST_RUN and self._is_uniform(last - page):
+                last -= page
+            if last - run >= _SHORTEST_RUN:
+                yield run, last
+            run = stop + page
+
+    def _is_uniform(self, address: int) -> bool:
+        page = _read(self._memory, address, bytearray(mmap.PAGESIZE))
+        return len(set(page)) < _SAMPLE_VALUES
 
 
 def _spread(start: int, end: int) -> Iterator[int]:
@@ -308,7 +335,7 @@ class _Mover:
                 disk = os.statvfs(folder)
                 needed = self._size + _SPARE_BYTES
                 if disk.f_bavail * disk.f_frsize < needed:
-                    raise OSError(errno.ENOSPC, f"lacks {needed / 2**30:.1f} GiB of room")
+                    raise OSError(errno.ENOSPC, f"has no room of {needed / 2**30:.1f} GiB")
                 stream = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
             except OSError as error:
                 self._reasons.append(f"{folder}: {error.strerror}")
@@ -337,7 +364,7 @@ def _replace(address: int, size: int, file: int, offset: int) -> None:
     trial = _map(None, size, file, offset, 0)
     try:
         # A few pages may be on their way out; a file system in memory, or mlockall, keeps all.
-        if 2 * _resident_bytes(trial, size) > size:
+        if _resident_bytes(trial, size) > size // 16:
             raise OSError(errno.EBUSY, "keeps its files, or this process its pages, in memory")
     finally:
         _check(_library().munmap(ctypes.c_void_p(trial), ctypes.c_size_t(size)))

@@ -5,7 +5,8 @@ is loaded, so a robot that runs ONNX Runtime needs neither.
 
 Memory. The engine's file is mapped, not read: TensorRT copies the weights to where the GPU reads
 them, and the file's pages go back to the kernel before the next engine is loaded. Of a copy that
-TensorRT keeps for itself the pages are put behind a file (`host_copy`), so no second copy stays.
+TensorRT keeps for itself the pages are put behind a file (`host_copy`), so no second copy stays
+where there is a disk for it.
 Inputs and outputs are allocated once, for the largest shapes. Where CPU and GPU share memory and a
 probe shows that they see the same bytes, TensorRT reads and writes those buffers in place.
 
@@ -185,12 +186,14 @@ class TensorRTEngine:
         found = []
         if self.cuda_graph_state != "in use" and not self.cuda_graph_state.startswith("off"):
             found.append(f"it runs without a CUDA graph: {self.cuda_graph_state}")
-        if self.host_copy.reason:
+        copy = self.host_copy
+        if copy.kept_bytes:
             found.append(
-                f"TensorRT's own copy of it ({self.host_copy.kept_bytes / 2**30:.2f} GiB were "
-                f"found) stays in memory, for it could not be moved to a disk: "
-                f"{self.host_copy.reason}"
+                f"TensorRT keeps a copy of {copy.kept_bytes / 2**30:.2f} GiB of it in memory, "
+                f"which could not be moved to a disk: {copy.reason}"
             )
+        elif copy.reason:
+            found.append(f"TensorRT may keep a copy of it in memory: {copy.reason}")
         return found
 
     @property
@@ -330,7 +333,7 @@ class TensorRTEngine:
             return self._runtime.deserialize_cuda_engine(mapped)
 
     def _move_host_copy(self, before: Sequence[Span]) -> HostCopy:
-        folders = dict.fromkeys((os.environ.get("TMPDIR", _DISK_FOLDER), _DISK_FOLDER))
+        folders = dict.fromkeys((os.environ.get("TMPDIR") or _DISK_FOLDER, _DISK_FOLDER))
         return move_copies(self._path, before, map(Path, folders), self._cuda.is_unknown)
 
     def _check_tensors(self, trt: Any) -> None:
