@@ -14,6 +14,7 @@ import os
 import resource
 import shutil
 import tempfile
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -366,6 +367,52 @@ def test_memory_that_was_not_searched_is_told(
     assert move(plan, before, disk).reason == "40 MiB were not searched to the end"
 
 
+def test_memory_of_one_value_costs_no_search(
+    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = region(plan)
+    # Larger, so looked at first.
+    zeros = bytes(4 * REGION)
+    before = private_memory()
+    allocate(zeros)
+    address = allocate(content)
+    monkeypatch.setattr(host_copy, "_SEARCH_BYTES", 0)
+    assert move(plan, before, disk).reason == ""
+    assert in_memory(address) == 0
+
+
+def test_lack_of_memory_is_told(
+    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object) -> None:
+        raise MemoryError
+
+    content = region(plan)
+    before = private_memory()
+    allocate(content)
+    monkeypatch.setattr(host_copy, "_array", refuse)
+    assert move(plan, before, disk).reason == "MemoryError()"
+
+
+@pytest.mark.parametrize(("beyond", "moved"), [(-PAGE, False), (PAGE, True)])
+def test_disk_needs_room_for_the_copy_and_some_to_spare(
+    plan: Path,
+    disk: Path,
+    allocate: Allocate,
+    monkeypatch: pytest.MonkeyPatch,
+    beyond: int,
+    moved: bool,
+) -> None:
+    content = region(plan)
+    before = private_memory()
+    allocate(content)
+    room = host_copy._SPARE_BYTES + REGION - 2 * PAGE + beyond
+    monkeypatch.setattr(
+        os, "statvfs", lambda folder: types.SimpleNamespace(f_bavail=room, f_frsize=1)
+    )
+    assert (move(plan, before, disk).kept_bytes == 0) == moved
+
+
 def test_zeros_beside_a_copy_are_nobody_s_proof(
     tmp_path: Path, disk: Path, allocate: Allocate
 ) -> None:
@@ -385,17 +432,21 @@ def test_zeros_beside_a_copy_are_nobody_s_proof(
 
 
 def test_sample_across_the_pieces_that_the_plan_is_read_in_is_found(
-    tmp_path: Path, disk: Path, allocate: Allocate
+    tmp_path: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = os.urandom(REGION)
     plan = tmp_path / "dit_model.engine"
     before = private_memory()
     address = allocate(content)
-    (span,) = [span for span in host_copy._without(private_memory(), before) if span[0] <= address]
+    (span,) = (
+        span for span in host_copy._without(private_memory(), before) if address in range(*span)
+    )
     sample = next(host_copy._spread(*span)) - address
     header = host_copy._CHUNK_BYTES - host_copy._SAMPLE_BYTES // 2 - sample
     plan.write_bytes(os.urandom(header) + content)
-    assert move(plan, before, disk).kept_bytes == 0
+    # The first sample has to do.
+    monkeypatch.setattr(host_copy, "_SEARCH_BYTES", 0)
+    assert move(plan, before, disk).reason == ""
     assert in_memory(address) == 0
 
 

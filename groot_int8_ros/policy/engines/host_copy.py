@@ -341,7 +341,6 @@ class _Mover:
                 self._reasons.append(f"{folder}: {error.strerror}")
             else:
                 self._stack.enter_context(stream)
-                self._used = 0
                 return stream.fileno()
         raise OSError(errno.ENOSPC, "; ".join(self._reasons))
 
