@@ -167,7 +167,7 @@ def judge(
             is a list that lacks some, or a kernel of unknown name. (Attention products are taken
             to run one a kernel, and two in a fused `mha` kernel.)
         float_products: Products of the graph of which INT8 is not asked: those of two
-            activations, and float layers.
+            activations, float layers, and rotations.
         int8_launches: Launches that the products of which INT8 is asked take at least.
         products: Layer to how many products of the graph it is, where they are several.
 

@@ -11,11 +11,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.quantization import QuantizationRecord
 from offline_tools.engine.verdicts import LayerVerdict, Precision
+from offline_tools.quantize.arithmetic import hadamard, rotation_block
 from offline_tools.quantize.layers import layer_name, load_graph
 
 # Between codes and product TensorRT looks through these; they move values and change none.
@@ -39,7 +41,8 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
 
     Returns:
         A verdict for each constant weight of products, in the order of the graph, then one for
-        each layer of the record that the graph lacks.
+        each layer of the record that the graph lacks. A rotation, known by its matrix, is part of
+        how the layers behind it are quantised and no layer of the model.
 
     Raises:
         QuantizationError: The file is no ONNX graph.
@@ -47,6 +50,8 @@ def audit_graph(path: Path, record: QuantizationRecord | None) -> list[LayerVerd
     wanted = set() if record is None else set(record.layers)
     verdicts = []
     for name, nodes in _products(load_graph(path)).items():
+        if _is_rotation(nodes[0]):
+            continue
         judged = [_judge(node) for node in nodes]
         verdict, evidence = next(
             (one for one in judged if one[0] is not Precision.INT8), judged[0]
@@ -89,6 +94,17 @@ def _products(model: ir.Model) -> dict[str, list[ir.Node]]:
             key = (stored.name, node.op_type, node.attributes.get_int("transB", 0))
             uses.setdefault(key, []).append(node)
     return {layer_name(str(nodes[0].name), nodes[0].op_type): nodes for nodes in uses.values()}
+
+
+def _is_rotation(product: ir.Node) -> bool:
+    weight = _stored(product.inputs[1])
+    if weight is None or weight.const_value is None or weight.dtype != ir.DataType.FLOAT:
+        return False
+    shape = weight.const_value.shape.numpy()
+    length = shape[0] if shape else 0
+    if shape != (length, length) or rotation_block(length) != length:
+        return False
+    return np.array_equal(weight.const_value.numpy(), hadamard(length))
 
 
 def _before_quantisation(value: ir.Value | None) -> ir.Value | None:

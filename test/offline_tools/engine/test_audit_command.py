@@ -17,9 +17,13 @@ import pytest
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.engines.cuda import Device
 from groot_int8_ros.policy.engines.tensorrt_manifest import EngineManifest
+from groot_int8_ros.policy.quantization import LayerScheme
 from offline_tools.cli import main
 from offline_tools.engine.audit_command import count_products
+from offline_tools.quantize.arithmetic import rotation_block
 from offline_tools.quantize.graph_audit import audit_graph, fewest_launches
+from offline_tools.quantize.layers import find_layers, groups, load_graph
+from offline_tools.quantize.qdq import quantize_graph
 
 _RECORDED = Path(__file__).parent / "recorded"
 
@@ -108,6 +112,70 @@ def test_engine_that_does_not_say_it_is_int8_fails(
     out = capsys.readouterr().out
     assert "which the inspector does not open" in out
     assert f"--engine {recorded_engine} --kernels kernels.csv" in out
+
+
+@pytest.fixture
+def rotations(int8_bundle: Path, tiny_bundle: Path, reseal: Callable[[Path], None]) -> int:
+    """How many rotations the DiT has, which is INT8 in every layer and rotated where it can be."""
+    source = tiny_bundle / "onnx" / "dit_model.onnx"
+    layers = find_layers(load_graph(source))
+    plan = {
+        layer.name: LayerScheme("row", rotation=rotation_block(layer.in_channels))
+        for layer in layers
+    }
+    quantize_graph(source, int8_bundle / "onnx" / "dit_model.onnx", plan, None)
+    path = int8_bundle / "manifest.json"
+    content = json.loads(path.read_text())
+    content["graphs"]["dit"]["quantization"]["layers"] = {
+        name: scheme.to_dict() for name, scheme in plan.items()
+    }
+    path.write_text(json.dumps(content))
+    reseal(int8_bundle)
+    return sum(plan[sharing[0].name].rotation is not None for sharing in groups(layers).values())
+
+
+def test_rotations_do_not_count_as_layers_of_the_model(
+    int8_bundle: Path, rotations: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert rotations > 0
+    report = tmp_path / "audit.json"
+    assert main(["audit", "--bundle", str(int8_bundle), "--json", str(report)]) == 0
+    layers = len(open_bundle(int8_bundle).manifest.graphs["dit"].quantization.layers)  # type: ignore[union-attr]
+    assert (
+        f"dit: {layers} layers: {layers} INT8, 0 FLOAT, 0 UNKNOWN; {layers} of {layers} that "
+        "should be are INT8"
+    ) in capsys.readouterr().out.splitlines()
+    # This is what the pipeline's report counts.
+    assert len(json.loads(report.read_text())["dit"]) == layers
+
+
+def test_rotations_count_among_the_floating_products_that_a_run_launches(
+    int8_bundle: Path,
+    tiny_bundle: Path,
+    rotations: int,
+    recorded_engine: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = tiny_bundle / "onnx" / "dit_model.onnx"
+    layers = {layer.layer: layer.products for layer in audit_graph(source, None)}
+    launches = fewest_launches(int8_bundle / "onnx" / "dit_model.onnx", layers)
+    attention = count_products(source) - sum(layers.values())
+    kernels = tmp_path / "kernels.txt"
+
+    def audited(floating: int) -> tuple[int, str]:
+        kernels.write_text(
+            "sm80_xmma_gemm_i8f32_i8i32_f32_tn_n\n" * launches
+            + "sm80_xmma_gemm_f32f32_f32f32_f32_tn_n\n" * floating
+        )
+        words = ["audit", "--bundle", str(int8_bundle), "--engine", str(recorded_engine)]
+        return main([*words, "--kernels", str(kernels)]), capsys.readouterr().out
+
+    code, out = audited(attention + rotations)
+    assert code == 0
+    assert f"dit_model: {len(layers)} layers: {len(layers)} INT8" in out
+    assert audited(attention)[0] == 1
+    assert audited(attention + rotations + 1)[0] == 1
 
 
 def _promise(bundle: Path, graph: str, reseal: Callable[[Path], None]) -> None:

@@ -96,3 +96,16 @@ def test_a_float_graph_asks_for_nothing(two_products: Callable[..., Path]) -> No
     verdicts = audit_graph(two_products(*weights, np.zeros(2, np.float32)), None)
     assert [v.wanted for v in verdicts] == [Precision.FLOAT] * 2
     assert not any(v.failed for v in verdicts)
+
+
+def test_no_float_layer_is_left_out_for_having_the_name_of_a_rotation(
+    two_products: Callable[..., Path],
+) -> None:
+    weights = [np.ones((16, n), np.float32) for n in (16, 2)]
+    path = two_products(*weights, np.zeros(2, np.float32))
+
+    def rename(graph: onnx.GraphProto) -> None:
+        graph.node[0].name = "second/input/MatMul"
+
+    _edit(path, rename)
+    assert [v.layer for v in audit_graph(path, None)] == ["second/input", "second"]
