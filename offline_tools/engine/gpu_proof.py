@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from groot_int8_ros.capture.store import CaptureStore
 from groot_int8_ros.errors import ConfigurationError, GrootError
-from groot_int8_ros.policy.bundle import open_bundle
+from groot_int8_ros.policy.bundle import MANIFEST_FILE, open_bundle
 from groot_int8_ros.policy.engines.cuda import Cuda
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
 from groot_int8_ros.policy.engines.tensorrt_engine import TensorRTEngine
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
     cuda = Cuda()
     library = open_library("tensorrt")
     print(f"TensorRT {library.version} on {cuda.device().describe()}")
-    variants = list(_variants(args, with_calibrator=library.has_calibrators))
+    variants = list(variants_of(args, with_calibrator=library.has_calibrators))
     family = open_bundle(args.bundle, verify_hashes=False).manifest.family
     graphs = tuple(args.graph or LARGE_GRAPHS[family])
     start = time.perf_counter()
@@ -137,7 +137,19 @@ def run(args: argparse.Namespace) -> int:
     return int(not complete or any(row["against_own_graph"] is None for row in rows))
 
 
-def _variants(args: argparse.Namespace, *, with_calibrator: bool) -> Iterator[Variant]:
+def variants_of(args: argparse.Namespace, *, with_calibrator: bool) -> Iterator[Variant]:
+    """Copy the bundles into the work folder, or take the copies that are there.
+
+    Args:
+        args: The subcommand's.
+        with_calibrator: Whether this TensorRT has the entropy calibrator.
+
+    Yields:
+        One variant for each kind of engine.
+
+    Raises:
+        ConfigurationError: A copy is of another bundle, or of what the bundle was before.
+    """
     base = replace(build_command.options_of(args), captures=None)
     kinds = [(args.bundle, "", base)]
     if with_calibrator:
@@ -147,9 +159,21 @@ def _variants(args: argparse.Namespace, *, with_calibrator: bool) -> Iterator[Va
     for bundle, suffix, options in kinds:
         name = bundle.name + suffix
         copy = args.work / name
-        if not copy.exists():
+        if copy.exists():
+            _check_copy(copy, bundle)
+        else:
             shutil.copytree(bundle, copy, ignore=shutil.ignore_patterns("engines", "*.cache*"))
         yield Variant(name, copy, replace(options, bundle=copy))
+
+
+def _check_copy(copy: Path, bundle: Path) -> None:
+    """Refuse a copy whose engines would be of other graphs than those they are compared with."""
+    manifest = copy / MANIFEST_FILE
+    if not manifest.is_file() or manifest.read_bytes() != (bundle / MANIFEST_FILE).read_bytes():
+        raise ConfigurationError(
+            f"{copy} is no copy of {bundle} as it is now, which was made anew or has the name of "
+            "another: remove the copy with its engines, or give another --work"
+        )
 
 
 def _build(
