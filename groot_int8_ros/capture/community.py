@@ -192,8 +192,8 @@ def import_community(archive: Path, manifest: Manifest, folder: Path) -> Importe
         folder: New folder of the store.
 
     Raises:
-        CaptureError: A key is missing, the file is damaged, or the tensors are not those of the
-            bundle's graphs; nothing is left behind.
+        CaptureError: A key is missing, the file is damaged or empty, or tensors or timesteps are
+            not those of the bundle's graphs; nothing is left behind.
         OutputError: `folder` is occupied or cannot be written.
     """
     _refuse_deployed(manifest.family, "the bundle")
@@ -282,10 +282,15 @@ class _Archive:
             shape = self.shape(name)
             if len(shape) != _AXES[name]:
                 raise ValueError(f"{name} has shape {shape} instead of {_AXES[name]} axes")
-            if name != "pixel_values":
+            if name != "pixel_values" or not shape[0]:
                 rows.add(shape[0])
         if len(rows) > 1:
             raise ValueError(f"its arrays have {' and '.join(map(str, sorted(rows)))} rows")
+        if rows == {0}:
+            raise CaptureError(
+                f"{self.path} holds no samples (0 rows): whatever wrote it ended before its first "
+                "observation. Capture it again."
+            )
 
     def shape(self, name: str) -> tuple[int, ...]:
         with self.naming_damage(), self._zip.open(self._entries[name]) as stream:
@@ -320,8 +325,8 @@ def _header(stream: IO[bytes], file_size: int) -> tuple[tuple[int, ...], np.dtyp
     if dtype.kind not in "fiub" or fortran_order or not shape:
         raise ValueError(f"an array of {dtype} {shape}, in Fortran order: {fortran_order}")
     promised = math.prod(shape) * dtype.itemsize
-    # An array without values could have any number of rows.
-    if not promised or promised != file_size - stream.tell():
+    # A row without values could be there any number of times.
+    if 0 in shape[1:] or promised != file_size - stream.tell():
         raise ValueError(f"an array of {dtype} {shape} in {file_size} bytes")
     return shape, dtype
 
@@ -384,6 +389,14 @@ def _dit_sample(
     archive: _Archive, manifest: Manifest, group: list[dict[str, NDArray[Any]]], number: int
 ) -> CaptureSample:
     first = group[0]
+    found = tuple(int(row["timestep"][0]) for row in group)
+    if found != manifest.timesteps:
+        raise CaptureError(
+            f"{archive.path}: observation {number} has the timesteps {_listed(found)}, but the "
+            f"bundle's {manifest.denoising_steps} denoising steps have "
+            f"{_listed(manifest.timesteps)}. Capture it again with as many steps, or export the "
+            "bundle from the checkpoint that it was captured with."
+        )
     end = _end(first["backbone_attention_mask"][0]) if archive.padded else None
     inputs = DitInputs(
         vl_embs=first["vl_embs"][0, :end],
@@ -397,6 +410,10 @@ def _dit_sample(
         archive.path, manifest, "dit", {n: feed[n] for n in ("sa_embs", "vl_embs", "timestep")}
     )
     return CaptureSample("", number, f"{archive.path.name} observation {number}", dit=inputs)
+
+
+def _listed(timesteps: tuple[int, ...]) -> str:
+    return ", ".join(map(str, timesteps))
 
 
 def _end(mask: NDArray[Any]) -> int:

@@ -187,10 +187,7 @@ def measure_coverage(store: CaptureStore, processor: Processor, manifest: Manife
             timesteps.update(sample.dit.timestep.tolist())
         elif sample.features is not None:
             # The deployed head runs all of its steps for every sample.
-            timesteps.update(
-                int(step / manifest.denoising_steps * manifest.timestep_buckets)
-                for step in range(manifest.denoising_steps)
-            )
+            timesteps.update(manifest.timesteps)
     joints = tuple(
         joint
         for key in processor.state_keys

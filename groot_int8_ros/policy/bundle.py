@@ -122,6 +122,12 @@ class Manifest:
         return engine_graphs(self.family)
 
     @property
+    def timesteps(self) -> tuple[int, ...]:
+        """Integer time of each Euler step, from 0 to below `timestep_buckets`."""
+        steps, buckets = self.denoising_steps, self.timestep_buckets
+        return tuple(int(step / steps * buckets) for step in range(steps))
+
+    @property
     def is_quantized(self) -> bool:
         """Whether a graph is INT8, so that `groot-int8 quantize` made the bundle."""
         return any(graph.quantization is not None for graph in self.graphs.values())

@@ -210,6 +210,45 @@ def test_archive_of_another_model_or_other_steps_is_refused(
     refused(tmp_path / "c" / "calib_data.npz", manifest, "do not belong together")
 
 
+@pytest.mark.parametrize("graph", ["backbone", "dit"])
+def test_archive_without_rows_is_said_to_hold_no_samples(
+    store: CaptureStore, manifest: Manifest, tmp_path: Path, graph: str
+) -> None:
+    export_community(store, graph, tmp_path / "out")
+    full = load(tmp_path / "out")
+    empty = {name: array[:0] for name, array in full.items()}
+    refused(write(tmp_path / "empty", empty), manifest, r"holds no samples \(0 rows\)")
+    name, *_ = full
+    damaged = empty | {name: full[name]}
+    refused(write(tmp_path / "damaged", damaged), manifest, "its arrays have 0 and . rows")
+    # Any number of such rows would fit into a file of any size.
+    hollow = full | {name: full[name][:, :0]}
+    refused(write(tmp_path / "hollow", hollow), manifest, "cannot be read")
+
+
+def test_images_without_rows_are_damage_where_the_other_arrays_have_some(
+    store: CaptureStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    export_community(store, "backbone", tmp_path / "out")
+    arrays = load(tmp_path / "out")
+    blind = arrays | {"pixel_values": arrays["pixel_values"][:0]}
+    refused(write(tmp_path / "blind", blind), manifest, "its arrays have 0 and 3 rows")
+
+
+def test_timesteps_that_the_bundle_does_not_run_are_refused_beside_its_own(
+    store: CaptureStore, manifest: Manifest, tmp_path: Path
+) -> None:
+    export_community(store, "dit", tmp_path / "out")
+    arrays = load(tmp_path / "out")
+    shifted = arrays | {"timestep": arrays["timestep"] + 1}
+    both = "timesteps 1, 501, but the bundle's 2 denoising steps have 0, 500"
+    refused(write(tmp_path / "shifted", shifted), manifest, f"observation 0 has the {both}")
+    # Four steps of one observation are no two observations of two.
+    finer = {name: array[[0, 1, 0, 1]] for name, array in arrays.items()}
+    finer["timestep"] = np.array([0, 250, 500, 750])
+    refused(write(tmp_path / "finer", finer), manifest, "timesteps 0, 250, but")
+
+
 def test_rows_that_a_limit_cut_off_are_left_out_and_counted(
     store: CaptureStore, manifest: Manifest, tmp_path: Path
 ) -> None:
