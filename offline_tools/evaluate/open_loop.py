@@ -28,6 +28,7 @@ from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.families import LARGE_GRAPHS
 from groot_int8_ros.policy.policy import Policy
 from groot_int8_ros.policy.postprocess import decode_actions
+from groot_int8_ros.policy.preprocess import normalize_state
 from groot_int8_ros.policy.processor import Processor
 from groot_int8_ros.policy.robot import RobotDescription
 from groot_int8_ros.policy.types import Float32Array, Float64Array, JointUnit, Observation
@@ -146,7 +147,7 @@ def plan_trajectories(
     Raises:
         ConfigurationError: The horizon is longer than the chunk, or the chunk leaves frames out.
         DatasetError: An episode is missing, or the dataset has other cameras or joints, or an
-            instruction that the policy cannot take.
+            instruction or a state that the policy cannot take; episode and frame are named.
     """
     horizon = _horizon(bundle.processor, action_horizon)
     probe = Policy(bundle, {})  # observation chain alone
@@ -159,8 +160,10 @@ def plan_trajectories(
         frames = min(steps, len(episode))
         starts = tuple(range(0, frames, horizon))
         for start in starts:
+            state = {key: values[start] for key, values in episode.state.items()}
             try:
                 probe.check_instruction(episode.instructions[start])
+                normalize_state(bundle.processor, state)
             except ObservationError as error:
                 raise DatasetError(
                     f"{dataset}, episode {index}, frame {start}: {error}"

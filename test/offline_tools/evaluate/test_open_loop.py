@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
-pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
+pa = pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
+pq = pytest.importorskip("pyarrow.parquet", reason="reading a dataset needs pyarrow")
 
 from groot_int8_ros.errors import BundleError, ConfigurationError, DatasetError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
@@ -138,6 +140,25 @@ def test_joints_of_another_width_are_refused_by_name(bundle: Bundle, tiny_datase
 def test_unknown_trajectory_is_refused(bundle: Bundle, tiny_dataset: Path) -> None:
     with pytest.raises(DatasetError, match="no episode 1"):
         plan_trajectories(bundle, tiny_dataset, [0, 1])
+
+
+def test_a_state_that_is_not_finite_is_refused_with_its_episode_and_frame(
+    bundle: Bundle, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    dataset = tmp_path / "dataset"
+    shutil.copytree(tiny_dataset, dataset)
+    (file,) = dataset.glob("data/**/*.parquet")
+    table = pq.read_table(file)
+    column = table.column_names.index("observation.state")
+    rows = table["observation.state"].to_pylist()
+    rows[HORIZON][0] = float("nan")
+    spoilt = pa.array(rows, table.schema.field(column).type)
+    pq.write_table(table.set_column(column, table.schema.field(column), spoilt), file)
+    message = f"dataset, episode 0, frame {HORIZON}: state 'single_arm' is nan at joint index 0"
+    with pytest.raises(DatasetError, match=message):
+        plan_trajectories(bundle, dataset, [0], action_horizon=HORIZON)
+    # At a frame that is not asked it is no harm.
+    plan_trajectories(bundle, dataset, [0], action_horizon=HORIZON - 1)
 
 
 @pytest.mark.parametrize(
