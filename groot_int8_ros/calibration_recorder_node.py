@@ -157,6 +157,7 @@ class CalibrationRecorderNode(ManagedNode):
             output,
             CaptureMeta.of_bundle(manifest, "live", seed=seed, engine=engine),
             samples_per_shard=parameters.samples_per_shard,
+            go_on="call ~/resume",
         )
         self._recording = Recording(
             writer,

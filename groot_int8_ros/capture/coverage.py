@@ -152,8 +152,12 @@ class Coverage:
         Raises:
             OutputError: The folder cannot be written.
         """
+        advice = (
+            f"The samples in {folder} are whole and can be used. Free space, then write what they "
+            f"cover: groot-int8 calibration-data report {folder} --bundle BUNDLE"
+        )
         for name, text in ((COVERAGE_FILE, self.to_json()), (COVERAGE_TABLE_FILE, self.to_text())):
-            with atomic_file(folder / name) as temporary:
+            with atomic_file(folder / name, advice=advice) as temporary:
                 temporary.write_text(text, encoding="utf-8")
 
 

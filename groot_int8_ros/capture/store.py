@@ -38,6 +38,7 @@ from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import Bundle, Manifest
 from groot_int8_ros.policy.families import DEPLOYED, LARGE_GRAPHS
 from groot_int8_ros.policy.files import (
+    RUN_AGAIN,
     atomic_file,
     check_types,
     read_json,
@@ -226,7 +227,7 @@ class CaptureWriter:
     """Writes a store.
 
     As a context manager it finishes the store when the block ends well. When the block raises, the
-    samples so far are written and the store stays marked as unfinished.
+    samples so far are written and the store stays marked as unfinished; without any it is removed.
     """
 
     def __init__(
@@ -236,6 +237,7 @@ class CaptureWriter:
         *,
         samples_per_shard: int = DEFAULT_SAMPLES_PER_SHARD,
         resume: bool = False,
+        go_on: str | None = None,
     ) -> None:
         """Begin a store, or go on with one.
 
@@ -244,6 +246,8 @@ class CaptureWriter:
             meta: What the samples are captured for.
             samples_per_shard: Samples held in memory, and lost at most when the process is killed.
             resume: Go on with what `folder` holds.
+            go_on: What a user does, once there is room, to go on with the samples of a store whose
+                next write failed; None where nobody keeps such a store.
 
         Raises:
             OutputError: `folder` is occupied or cannot be written.
@@ -253,6 +257,7 @@ class CaptureWriter:
             raise ValueError(f"samples_per_shard must be at least 1, not {samples_per_shard}")
         self.folder = folder
         self._samples_per_shard = samples_per_shard
+        self._go_on = go_on
         self._index = Index(meta)
         if resume and (folder / INDEX_FILE).is_file():
             self._index = _resumed(folder, meta)
@@ -271,7 +276,7 @@ class CaptureWriter:
         )
         remove_leftovers(folder)
         self._remove_strays()
-        self._write_index()
+        self._write_index(self._index)
 
     def __enter__(self) -> CaptureWriter:
         """Return the writer."""
@@ -290,6 +295,8 @@ class CaptureWriter:
         # The error that is under way says what went wrong; a second one would only hide it.
         with contextlib.suppress(OutputError):
             self.flush()
+        if not self._index.shards:
+            self._remove()
 
     def __len__(self) -> int:
         """Samples kept so far."""
@@ -389,12 +396,13 @@ class CaptureWriter:
             kept[shard.file] = shard
             for record, number in zip(shard.samples, self._pending, strict=True):
                 written[number] = shard.file, record.position
-        self._index = replace(
-            self._index,
-            shards=tuple(shard for shard in kept.values() if shard.samples),
-            offered=self._index.offered if offered is None else offered,
+        self._write_index(
+            replace(
+                self._index,
+                shards=tuple(shard for shard in kept.values() if shard.samples),
+                offered=self._index.offered if offered is None else offered,
+            )
         )
-        self._write_index()
         self._pending.clear()
         self._written = written
         self._retired.clear()
@@ -409,15 +417,12 @@ class CaptureWriter:
         """
         self.flush(offered)
         if not self._written:
-            (self.folder / INDEX_FILE).unlink(missing_ok=True)
-            with contextlib.suppress(OSError):
-                self.folder.rmdir()
+            self._remove()
             raise CaptureError(
                 f"no sample was captured, so {self.folder} is not written. Check that the source "
                 "has observations with every camera, joint and an instruction."
             )
-        self._index = replace(self._index, finished=True)
-        self._write_index()
+        self._write_index(replace(self._index, finished=True))
 
     def _record(self, number: int) -> tuple[Shard, SampleRecord]:
         file, position = self._written[number]
@@ -434,7 +439,7 @@ class CaptureWriter:
             for position, sample in enumerate(self._pending.values())
             for name, array in sample.arrays().items()
         }
-        with self._naming_what_is_kept(), atomic_file(self.folder / file) as temporary:
+        with atomic_file(self.folder / file, advice=self._advice()) as temporary:
             np.savez(temporary, **arrays)  # type: ignore[arg-type]
             sha256 = sha256_of_file(temporary)
         self._next_shard += 1
@@ -459,20 +464,26 @@ class CaptureWriter:
             ),
         )
 
-    def _write_index(self) -> None:
-        with self._naming_what_is_kept(), atomic_file(self.folder / INDEX_FILE) as temporary:
-            temporary.write_text(self._index.to_json(), encoding="utf-8")
+    def _write_index(self, index: Index) -> None:
+        with atomic_file(self.folder / INDEX_FILE, advice=self._advice()) as temporary:
+            temporary.write_text(index.to_json(), encoding="utf-8")
+        self._index = index
 
-    @contextlib.contextmanager
-    def _naming_what_is_kept(self) -> Iterator[None]:
-        try:
-            yield
-        except OutputError as error:
-            kept = sum(len(shard.samples) for shard in self._index.shards)
-            raise OutputError(
-                f"{error} The {kept} samples in {self.folder} that were written before are whole "
-                "and can be used."
-            ) from error
+    def _advice(self) -> str:
+        kept = sum(len(shard.samples) for shard in self._index.shards)
+        if not kept or self._go_on is None:
+            return RUN_AGAIN
+        return (
+            f"The {kept} samples in {self.folder} that were written before are whole and can be "
+            f"used. Free space, then {self._go_on}."
+        )
+
+    def _remove(self) -> None:
+        """Remove a store that holds no sample, and shards that its index did not come to name."""
+        (self.folder / INDEX_FILE).unlink(missing_ok=True)
+        self._remove_strays()
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()
 
     def _remove_strays(self) -> None:
         # Shards that the index does not name: written, but killed before the index was.

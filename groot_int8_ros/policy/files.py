@@ -27,6 +27,10 @@ import yaml
 
 from groot_int8_ros.errors import OutputError
 
+RUN_AGAIN = (
+    "Nothing was left behind; free space or choose a folder that is writable, then run the "
+    "command again."
+)
 _HASH_BLOCK_BYTES = 4 << 20
 _TEMPORARY_PREFIX = ".partial-"
 # Far above any manifest or index; JSON takes about ten times its size in memory.
@@ -183,11 +187,12 @@ def refuse_occupied(
 
 
 @contextlib.contextmanager
-def atomic_file(target: Path) -> Iterator[Path]:
+def atomic_file(target: Path, *, advice: str = RUN_AGAIN) -> Iterator[Path]:
     """Give a temporary path to write to, renamed to `target` when the block ends well.
 
     Args:
         target: The final path. Its folder is made if it is missing.
+        advice: What else is there and what to do, where `target` cannot be written.
 
     Yields:
         A path in the same folder. If the block raises, the file there is removed, and so are the
@@ -198,17 +203,17 @@ def atomic_file(target: Path) -> Iterator[Path]:
             that are not about its output pass as they are.
     """
     target = target.absolute()
-    with _made_parents(target):
-        with _explained(target):
+    with _made_parents(target, advice):
+        with _explained(target, advice):
             handle, name = tempfile.mkstemp(
                 prefix=_TEMPORARY_PREFIX, suffix=target.suffix, dir=target.parent
             )
             os.close(handle)
         temporary = Path(name)
         try:
-            with _explained_if_about(temporary, target):
+            with _explained_if_about(temporary, target, advice):
                 yield temporary
-            with _explained(target):
+            with _explained(target, advice):
                 os.chmod(temporary, 0o666 & ~_current_umask())
                 # A robot loses its power: without this the name can be on disk before the data.
                 _sync(temporary)
@@ -334,11 +339,11 @@ def _repair(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _made_parents(target: Path) -> Iterator[None]:
+def _made_parents(target: Path, advice: str = RUN_AGAIN) -> Iterator[None]:
     """Make the missing folders above `target`, and remove those again if the block raises."""
     made: list[Path] = []
     try:
-        with _explained(target):
+        with _explained(target, advice):
             for folder in reversed([path for path in target.parents if not path.exists()]):
                 with contextlib.suppress(FileExistsError):
                     folder.mkdir()
@@ -353,29 +358,26 @@ def _made_parents(target: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _explained(target: Path) -> Iterator[None]:
-    """Say of any OSError that `target` cannot be written."""
+def _explained(target: Path, advice: str = RUN_AGAIN) -> Iterator[None]:
+    """Say of any OSError that `target` cannot be written, and what to do."""
     try:
         yield
     except OSError as error:
         # NumPy reports a write that was cut short without an errno.
         reason = error.strerror or f"the disk may be full ({error})"
         where = f" ({error.filename})" if error.filename else ""
-        raise OutputError(
-            f"cannot write {target}: {reason}{where}. Nothing was left behind; free space or "
-            "choose a folder that is writable, then run the command again."
-        ) from error
+        raise OutputError(f"cannot write {target}: {reason}{where}. {advice}") from error
 
 
 @contextlib.contextmanager
-def _explained_if_about(temporary: Path, target: Path) -> Iterator[None]:
+def _explained_if_about(temporary: Path, target: Path, advice: str = RUN_AGAIN) -> Iterator[None]:
     """Say so of those errors that come from writing; a caller's block also reads and prints."""
     try:
         yield
     except OSError as error:
         if not _is_about(error, temporary):
             raise
-        with _explained(target):
+        with _explained(target, advice):
             raise
 
 

@@ -130,7 +130,8 @@ def capture(
             f"{source.name} has no usable observation; {skipped.count} were skipped.{reason}"
         )
     report(f"{offered} usable observations, {len(chosen)} chosen")
-    with CaptureWriter(output, meta, resume=resume) as writer:
+    go_on = "run the command again with --resume"
+    with CaptureWriter(output, meta, resume=resume, go_on=go_on) as writer:
         done = writer.sources
         not_chosen = set(done)
         progress = _Progress(len(chosen), report)
@@ -233,7 +234,8 @@ def complete(
         )
 
     progress = _Progress(len(captured), report)
-    with CaptureWriter(output, meta) as writer:
+    go_on = "remove this folder and run the command again"
+    with CaptureWriter(output, meta, go_on=go_on) as writer:
         for sample in captured.samples():
             progress.step()
             if is_complete(sample):

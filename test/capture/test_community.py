@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
-import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,8 @@ from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWrite
 from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import Manifest, open_bundle
 from offline_tools import cli
+
+from ..full_disk import file_size_limit
 
 Arrays = dict[str, NDArray[Any]]
 
@@ -299,16 +299,8 @@ def test_export_needs_the_tensors_and_an_empty_folder(
 def test_disk_that_fills_up_leaves_no_half_of_an_export(
     store: CaptureStore, tmp_path: Path
 ) -> None:
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Writes beyond a size fail as they do on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
-    try:
-        with pytest.raises(OutputError, match=r"cannot write .*out"):
-            export_community(store, "backbone", tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, handler)
+    with file_size_limit(50_000), pytest.raises(OutputError, match=r"cannot write .*out"):
+        export_community(store, "backbone", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["store"]
 
 

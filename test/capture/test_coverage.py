@@ -13,9 +13,12 @@ import pytest
 from groot_int8_ros.capture.coverage import Coverage, measure_coverage
 from groot_int8_ros.capture.sample import BackboneInputs, CaptureSample, DitInputs
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
+from groot_int8_ros.errors import OutputError
 from groot_int8_ros.policy.bundle import Bundle, Manifest, open_bundle
 from groot_int8_ros.policy.processor import Processor, StateKey
 from groot_int8_ros.policy.prompt_bank import PromptRecord, PromptRecords
+
+from ..full_disk import file_size_limit
 
 COUNT = 40
 
@@ -82,6 +85,18 @@ def measure(
     return measure_coverage(
         CaptureStore.open(folder), processor or bundle.processor, manifest or bundle.manifest
     )
+
+
+def test_report_that_a_full_disk_refuses_says_that_the_samples_are_there_and_how_to_get_it(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    coverage = measure(bundle, folder, good_samples(bundle))
+    with file_size_limit(100), pytest.raises(OutputError, match=r"cannot write .*json") as told:
+        coverage.write(folder)
+    assert f"The samples in {folder} are whole and can be used" in str(told.value)
+    assert f"groot-int8 calibration-data report {folder} --bundle BUNDLE" in str(told.value)
+    assert "Nothing was left behind" not in str(told.value)
 
 
 def test_set_that_covers_everything_has_nothing_thin(bundle: Bundle, tmp_path: Path) -> None:

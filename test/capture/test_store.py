@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import pickle
-import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +20,8 @@ from groot_int8_ros.capture.store import INDEX_FILE, CaptureMeta, CaptureStore, 
 from groot_int8_ros.errors import CaptureError, OutputError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.types import CommittedActions
+
+from ..full_disk import file_size_limit
 
 MakeSample = Callable[..., CaptureSample]
 
@@ -207,38 +207,68 @@ def test_error_in_the_block_keeps_what_was_captured_and_does_not_call_it_finishe
     assert not store.index.finished
 
 
-@contextlib.contextmanager
-def file_size_limit(limit: int) -> Iterator[None]:
-    """Let writes beyond a size fail as they do on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-
-
 def test_full_disk_leaves_earlier_shards_readable_and_the_rest_can_be_written_later(
     tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
 ) -> None:
     folder = tmp_path / "store"
-    writer = CaptureWriter(folder, meta, samples_per_shard=2)
+    writer = CaptureWriter(folder, meta, samples_per_shard=2, go_on="do the next thing")
     for number in range(3):
         writer.add(make_sample(number))
     large = replace(make_sample(3), images={"front": np.zeros((300, 300, 3), np.uint8)})
     with (
         file_size_limit(100_000),
-        pytest.raises(OutputError, match=r"shard-00001.*The 2 samples .* are whole"),
+        pytest.raises(OutputError, match=r"shard-00001.*The 2 samples .* are whole") as told,
     ):
         writer.add(large)
+    assert str(told.value).endswith("can be used. Free space, then do the next thing.")
+    assert "Nothing was left behind" not in str(told.value)
     assert not list(folder.glob(".partial*"))
     store = CaptureStore.open(folder)
     assert len(list(store.samples())) == 2
     writer.finish()
     found = list(CaptureStore.open(folder).samples())
     assert [sample.stamp_ns for sample in found] == [make_sample(n).stamp_ns for n in range(4)]
+
+
+def test_full_disk_before_the_first_shard_leaves_nothing_as_it_says(
+    tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
+) -> None:
+    folder = tmp_path / "store"
+
+    def write_it(limit: int) -> CaptureStore:
+        with (
+            file_size_limit(limit),
+            CaptureWriter(folder, meta, samples_per_shard=2, go_on="go on") as writer,
+        ):
+            for number in range(2):
+                writer.add(make_sample(number))
+        return CaptureStore.open(folder)
+
+    with pytest.raises(OutputError, match=r"shard-00000.*Nothing was left behind") as told:
+        write_it(4000)
+    assert "samples in" not in str(told.value)
+    assert not folder.exists()
+    assert len(write_it(100_000)) == 2
+
+
+def test_samples_whose_index_did_not_fit_are_not_counted_as_written(
+    tmp_path: Path, meta: CaptureMeta, make_sample: MakeSample
+) -> None:
+    folder = tmp_path / "store"
+    wordy = [replace(make_sample(number), instruction="x" * 60_000) for number in range(2)]
+
+    def write_it(samples: Sequence[CaptureSample]) -> None:
+        with CaptureWriter(folder, meta, samples_per_shard=1, go_on="go on") as writer:
+            for sample in samples:
+                writer.add(sample)
+
+    # The shard of a long instruction is smaller than the index that names two of them.
+    with (
+        file_size_limit(100_000),
+        pytest.raises(OutputError, match=r"capture\.json.*The 1 samples .* are whole"),
+    ):
+        write_it(wordy)
+    assert len(CaptureStore.open(folder)) == 1
 
 
 _KILLED = """

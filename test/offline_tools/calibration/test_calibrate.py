@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import tracemalloc
@@ -24,7 +25,13 @@ from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
 from groot_int8_ros.capture.selection import Candidate
 from groot_int8_ros.capture.store import CaptureMeta, CaptureStore, CaptureWriter
-from groot_int8_ros.errors import BagError, CaptureError, ConfigurationError, DatasetError
+from groot_int8_ros.errors import (
+    BagError,
+    CaptureError,
+    ConfigurationError,
+    DatasetError,
+    OutputError,
+)
 from groot_int8_ros.policy.engines import Engine, Tensors
 from groot_int8_ros.policy.policy import Policy, draw_noise
 from groot_int8_ros.policy.types import Observation
@@ -35,6 +42,7 @@ from offline_tools.calibration.bag_source import BagInputs, BagSource
 from offline_tools.calibration.dataset_source import EPISODE_SPACING_NS, DatasetSource
 from offline_tools.calibration.run import Recorded, Skipped, capture, choose, complete
 
+from ...full_disk import file_size_limit
 from ...int8_record import quantization_record
 
 SEED = 5
@@ -345,6 +353,50 @@ def test_interrupted_capture_is_gone_on_with(
     assert store.index.finished
     assert len(store) == 6
     assert len(read) == len(set(read)) == 6, "an observation was run twice"
+
+
+class OnAFullDisk:
+    """A source during whose reading the disk fills up, until `disk` is closed."""
+
+    def __init__(self, source: DatasetSource, after: int, disk: contextlib.ExitStack) -> None:
+        self._source = source
+        self._after = after
+        self._disk = disk
+        self.name = source.name
+        self.candidates = source.candidates
+
+    def observations(self, chosen: frozenset[int]) -> Iterator[Recorded]:
+        for count, one in enumerate(self._source.observations(chosen)):
+            if count == self._after:
+                self._disk.enter_context(file_size_limit(20_000))
+            yield one
+
+
+def test_full_disk_names_what_is_whole_and_the_option_that_goes_on(
+    policy: Policy, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    source = DatasetSource(tiny_dataset, policy)
+    keep = partial(capture, policy, output=tmp_path / "store", seed=SEED, report=lambda _: None)
+    message = r"shard-00001\.npz.*The 16 samples in .*store"
+    with contextlib.ExitStack() as disk, pytest.raises(OutputError, match=message) as told:
+        keep(source=OnAFullDisk(source, 17, disk), samples=32)
+    assert str(told.value).endswith("Free space, then run the command again with --resume.")
+    assert "Nothing was left behind" not in str(told.value)
+    assert len(CaptureStore.open(tmp_path / "store")) == 16
+    assert len(keep(source=source, samples=32, resume=True).store) == 32
+
+
+def test_full_disk_before_the_first_samples_leaves_nothing_and_the_command_can_be_run_again(
+    tiny_bundle: Path, tiny_dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "store"
+    options = ("--bundle", tiny_bundle, "--dataset", tiny_dataset, "--output", output)
+    arguments = (*options, "--samples", 1, "--threads", 1)
+    with file_size_limit(20_000):
+        assert run_command(*arguments) == 2
+    assert "Nothing was left behind" in capsys.readouterr().err
+    assert not output.exists()
+    assert run_command(*arguments) == 0
 
 
 def write_bag(

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 
 pytest.importorskip("onnxruntime", reason="needs ONNX Runtime")
-pa = pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
-pq = pytest.importorskip("pyarrow.parquet", reason="reading a dataset needs pyarrow")
+pytest.importorskip("pyarrow", reason="reading a dataset needs pyarrow")
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from groot_int8_ros.errors import BundleError, ConfigurationError, DatasetError
 from groot_int8_ros.policy.bundle import Bundle, open_bundle
