@@ -92,7 +92,7 @@ class GraphBuild:
         precision: What is asked for: `fp32`, `fp16`, `bf16` or `int8`.
         inputs: The graph's inputs.
         profiles: Smallest, best and largest shape of each input that varies.
-        calibration: Given for implicit INT8 alone.
+        calibration: Given for implicit INT8 alone: for a float graph, where there are calibrators.
     """
 
     graph: Path
@@ -207,15 +207,6 @@ def _choose_typing(build: GraphBuild, library: Library) -> bool:
     """Return whether the network is strongly typed; refuse what this TensorRT cannot do."""
     where = f"{library.name} {library.version}"
     if build.calibration is not None:
-        if not library.has_calibrators:
-            raise EngineError(
-                f"{where} has no INT8 calibrators (they are gone since TensorRT 11): quantise the "
-                "bundle (groot-int8 quantize) and build with --quantization qdq"
-            )
-        if build.graph_precision == "int8":
-            raise EngineError(
-                f"{build.graph} already has explicit Q/DQ: a calibrator works on a float bundle"
-            )
         return False
     if build.precision == build.graph_precision:
         return library.strongly_typed

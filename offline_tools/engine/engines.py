@@ -400,6 +400,12 @@ def _plan(
         )
         jobs.append(job)
     calibrated = [job for job in jobs if job.quantization == "calibrator"]
+    if calibrated and not library.has_calibrators:
+        raise EngineError(
+            f"{library.name} {library.version} has no INT8 calibrators (they are gone since "
+            "TensorRT 11): quantise the bundle (groot-int8 quantize) and build with "
+            "--quantization qdq"
+        )
     if len({job.cache for job in calibrated}) < len(calibrated):
         raise ConfigurationError(
             f"--calibration-cache {options.calibration_cache} is one file, and a cache is of one "
@@ -423,6 +429,11 @@ def _precision_of(name: str, record: GraphRecord, options: BuildOptions) -> tupl
     if name in _FLOAT32_GRAPHS:
         return record.precision, own
     if options.quantization == "calibrator":
+        if own == "qdq":
+            raise EngineError(
+                f"the graph {name} already has explicit Q/DQ: build it with --quantization qdq, "
+                "or give the float bundle, which a calibrator works on"
+            )
         return "int8", "calibrator"
     if options.quantization == "qdq" and own != "qdq":
         raise EngineError(

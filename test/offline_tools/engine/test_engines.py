@@ -38,14 +38,14 @@ from offline_tools.cli import main
 from offline_tools.engine import build_command
 from offline_tools.engine.builder import (
     BuilderSettings,
-    Calibration,
     GraphBuild,
     build_plan,
     use_timing_cache,
 )
 from offline_tools.engine.calibration_cache import CacheRecord, hash_of_graph, write_cache
+from offline_tools.engine.child import ChildProcessBugError
 from offline_tools.engine.engines import LOW_MEMORY, BuildOptions, build_engines
-from offline_tools.engine.library import RTX, open_library
+from offline_tools.engine.library import RTX, Library, open_library
 from offline_tools.engine.profiles import lengths_of
 from offline_tools.engine.weight_form import has_stored_int8_weights, write_with_float_weights
 from offline_tools.quantize.layers import find_layers, load_graph
@@ -69,6 +69,12 @@ def _build(bundle: Path, **options: object) -> dict[str, object]:
     )
     assert len(lines) == 1 + 2 * len(built)
     return dict(built)
+
+
+@pytest.fixture
+def calibrators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets TensorRT-RTX say that it has calibrators; the processes that build know better."""
+    monkeypatch.setattr(Library, "has_calibrators", True)
 
 
 def _folder(bundle: Path) -> Path:
@@ -155,7 +161,6 @@ def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
             ConfigurationError,
             "applies to backbone and dit",
         ),
-        ({"quantization": "calibrator"}, CalibrationError, "so --captures is needed"),
         ({"precision": "bf16"}, EngineError, "export the bundle with --precision fp16"),
         ({"precision": "fp16"}, EngineError, "export the bundle with --precision fp16"),
         ({"precision": "int8"}, EngineError, "is a float graph: quantise the bundle first"),
@@ -191,29 +196,39 @@ def test_deployed_graphs_are_built_at_their_own_shapes_and_the_prefix_model_neve
         ({"max_seq_len": 90}, "whose shapes are fixed: leave out --max-seq-len"),
         ({"exact": True}, "whose shapes are fixed"),
         ({"graphs": ("prefix",)}, "no graph 'prefix' for an engine; it has backbone, action_head"),
-        (
-            {"quantization": "calibrator", "graphs": ()},
-            "so --captures is needed",
-        ),
     ):
-        with pytest.raises((ConfigurationError, CalibrationError), match=message):
+        with pytest.raises(ConfigurationError, match=message):
             _build(deployed_bundle, **options)
     assert not (deployed_bundle / "engines").exists()
 
 
-def test_library_without_calibrators_is_said_to_be_too_new(tiny_bundle: Path) -> None:
-    bundle = open_bundle(tiny_bundle, verify_hashes=False)
-    record = bundle.manifest.graphs["dit"]
-    build = GraphBuild(
-        graph=bundle.graph_path("dit"),
-        graph_precision="fp32",
-        precision="int8",
-        inputs=record.inputs,
-        profiles=lengths_of(bundle).profiles(record.inputs),
-        calibration=Calibration(None, b"cache"),
-    )
-    with pytest.raises(EngineError, match=r"no INT8 calibrators.*--quantization qdq"):
-        build_plan(build, BuilderSettings(), open_library(RTX))
+@pytest.mark.parametrize("with_captures", [False, True])
+@pytest.mark.parametrize("with_calibrators", [False, True])
+def test_what_no_calibrator_can_do_is_refused_before_captures_are_asked_for_or_read(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    with_captures: bool,
+    with_calibrators: bool,
+) -> None:
+    # Reading it would raise a CaptureError.
+    captures = tmp_path / "nowhere" if with_captures else None
+    if with_calibrators:
+        request.getfixturevalue("calibrators")
+    else:
+        for name in ("tiny_bundle", "fp16_deployed"):
+            with pytest.raises(EngineError, match=r"no INT8 calibrators.*--quantization qdq"):
+                _build(request.getfixturevalue(name), quantization="calibrator", captures=captures)
+    int8 = request.getfixturevalue("int8_bundle")
+    with pytest.raises(EngineError, match=r"graph dit already has explicit Q/DQ.*the float"):
+        _build(int8, quantization="calibrator", captures=captures)
+
+
+def test_captures_are_asked_for_where_there_are_calibrators(
+    tiny_bundle: Path, fp16_deployed: Path, calibrators: None
+) -> None:
+    for bundle in (tiny_bundle, fp16_deployed):
+        with pytest.raises(CalibrationError, match=r"backbone\.cache, so --captures is needed"):
+            _build(bundle, quantization="calibrator")
 
 
 def test_progress_is_reported_while_it_builds(
@@ -293,7 +308,9 @@ def test_kernels_are_loaded_when_they_are_used_unless_the_user_says_otherwise(
     assert os.environ["CUDA_MODULE_LOADING"] == expected
 
 
-def test_cache_of_another_graph_is_refused_by_the_build(bundle_copy: Path) -> None:
+def test_cache_of_another_graph_is_refused_by_the_build(
+    bundle_copy: Path, calibrators: None
+) -> None:
     path = bundle_copy / "calibration" / "dit.cache"
     content = b"TRT-8600-EntropyCalibration2\nx: 3c010a14\n"
     options = {"quantization": "calibrator", "graphs": ("dit",)}
@@ -303,13 +320,13 @@ def test_cache_of_another_graph_is_refused_by_the_build(bundle_copy: Path) -> No
     files = open_bundle(bundle_copy).manifest.files
     own = {name: sha256 for name, (sha256, _) in files.items() if "dit_model" in name}
     write_cache(path, content, CacheRecord(hash_of_graph(own), "b" * 64, 3))
-    # Its own cache is taken, and what remains to be refused is this library's lack.
-    with pytest.raises(EngineError, match="has no INT8 calibrators"):
+    # Its own cache is taken, and it is the builder that lacks what INT8 needs.
+    with pytest.raises(ChildProcessBugError, match="no attribute 'INT8'"):
         _build(bundle_copy, **options)
 
 
 def test_one_cache_file_for_two_graphs_is_refused_before_either_is_built(
-    bundle_copy: Path, tmp_path: Path
+    bundle_copy: Path, tmp_path: Path, calibrators: None
 ) -> None:
     one = tmp_path / "one.cache"
     with pytest.raises(ConfigurationError, match=r"one\.cache is one file.*backbone and dit"):
