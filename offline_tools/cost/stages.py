@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.policy.preprocess import image_sizes
+from groot_int8_ros.policy.image_sizes import image_sizes
 from groot_int8_ros.policy.processor import ImageChain
 from groot_int8_ros.policy.token_layout import TokenLayout
 from groot_int8_ros.policy.types import CameraSpec

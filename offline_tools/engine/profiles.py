@@ -15,6 +15,7 @@ from groot_int8_ros.errors import ConfigurationError
 from groot_int8_ros.policy.bundle import Bundle
 from groot_int8_ros.policy.engines.base import TensorSpec
 from groot_int8_ros.policy.families import DEPLOYED
+from groot_int8_ros.policy.image_sizes import image_sizes
 
 Shape = tuple[int, ...]
 Profile = tuple[Shape, Shape, Shape]
@@ -68,7 +69,8 @@ def lengths_of(
         bundle: Gives cameras and the trained horizon.
         max_seq_len: Longest prompt in tokens, images included; room for a long instruction beside
             the images if None.
-        opt_seq_len: Length that kernels are chosen for; that of a usual instruction if None.
+        opt_seq_len: Length that kernels are chosen for; if None, `max_seq_len` where it is given,
+            else the length with a usual instruction.
         opt_sa_seq: Tokens of state and actions in the DiT; 1 + the trained horizon if None. The
             bundle's graphs fix it, so another value is refused.
         exact: Build for `max_seq_len` alone.
@@ -94,33 +96,33 @@ def lengths_of(
             f"(1 state + {bundle.manifest.action_horizon} actions). Leave the option out, or "
             "export a checkpoint with another horizon."
         )
-    images = 0
+    images = _image_tokens(bundle)
+    usual, longest = images + _USUAL_TEXT_TOKENS, images + _LONG_TEXT_TOKENS
     if max_seq_len is None:
         if exact:
             raise ConfigurationError("--exact needs --max-seq-len: the prompt's length in tokens")
-        images = _image_tokens(bundle)
-        max_seq_len = images + _LONG_TEXT_TOKENS
-    best = max_seq_len if exact else opt_seq_len
-    if best is None:
-        best = min(max_seq_len, images + _USUAL_TEXT_TOKENS) if images else max_seq_len
-    if not 1 <= best <= max_seq_len:
+    elif max_seq_len <= images:
         raise ConfigurationError(
-            f"--opt-seq-len {best} must be from 1 to --max-seq-len {max_seq_len}"
+            f"--max-seq-len {max_seq_len} has no room for a prompt: its images alone are {images} "
+            f"tokens, and its text comes on top. Give {usual} for an instruction of usual length, "
+            f"{longest} for a long one, or with --exact the prompt's own length"
         )
+    else:
+        usual = longest = max_seq_len
+    best = usual if exact or opt_seq_len is None else opt_seq_len
+    if not 1 <= best <= longest:
+        raise ConfigurationError(f"--opt-seq-len {best} must be from 1 to --max-seq-len {longest}")
     cameras = len(bundle.manifest.robot.cameras)
     return Lengths(
         {
             "batch": (1, 1, 1),
             "images": (cameras, cameras, cameras),
-            "sequence": (max_seq_len if exact else 1, best, max_seq_len),
+            "sequence": (longest if exact else 1, best, longest),
         }
     )
 
 
 def _image_tokens(bundle: Bundle) -> int:
-    # Here, because it brings OpenCV: a machine that only builds can say --max-seq-len instead.
-    from groot_int8_ros.policy.preprocess import image_sizes
-
     chain = bundle.processor.image_chain
     return sum(
         image_sizes(camera.height, camera.width, chain).tokens

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groot_int8_ros.errors import ConfigurationError, ProcessorError
+from groot_int8_ros.policy.image_sizes import image_sizes
 from groot_int8_ros.policy.preprocess import (
     PromptTokenizer,
-    image_sizes,
     normalize_state,
     pixel_values,
     prompt_text,

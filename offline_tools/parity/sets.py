@@ -14,11 +14,11 @@ import numpy as np
 import torch
 
 from groot_int8_ros.errors import ConfigurationError
+from groot_int8_ros.policy.image_sizes import image_sizes
 from groot_int8_ros.policy.postprocess import decode_actions_float64
 from groot_int8_ros.policy.preprocess import (
     evaluation_image,
     formalize,
-    image_sizes,
     normalize_state,
     pixel_values,
     prompt_text,

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from groot_int8_ros.errors import ConfigurationError
-from groot_int8_ros.policy.preprocess import PromptTokenizer, image_sizes
+from groot_int8_ros.policy.image_sizes import image_sizes
+from groot_int8_ros.policy.preprocess import PromptTokenizer
 from groot_int8_ros.policy.types import Float32Array, UInt8Array
 from offline_tools.simulation.robot import FRAME_SIZES
 from offline_tools.simulation.tasks import TASKS, Task, other_task, task_of

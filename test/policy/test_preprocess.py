@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from groot_int8_ros.errors import ObservationError, ProcessorError
+from groot_int8_ros.policy.image_sizes import image_sizes
 from groot_int8_ros.policy.preprocess import (
     MAX_INSTRUCTION_CHARACTERS,
     Preprocessor,
     PromptTokenizer,
     evaluation_image,
     formalize,
-    image_sizes,
     network_image,
     normalize_state,
     pixel_values,

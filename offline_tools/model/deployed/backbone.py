@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from groot_int8_ros.policy.preprocess import image_sizes
+from groot_int8_ros.policy.image_sizes import image_sizes
 from groot_int8_ros.policy.processor import ImageChain
 from groot_int8_ros.policy.token_layout import TokenLayout
 from groot_int8_ros.policy.types import CameraSpec

@@ -34,7 +34,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from groot_int8_ros.policy.preprocess import ImageSizes, image_sizes
+from groot_int8_ros.policy.image_sizes import ImageSizes, image_sizes
 from groot_int8_ros.policy.processor import ImageChain
 from groot_int8_ros.policy.types import CameraSpec, Float32Array, Int64Array
 from offline_tools.model.deployed.constants import ConstantModule

@@ -130,9 +130,9 @@ def test_failed_build_leaves_the_engine_that_was_there(bundle_copy: Path) -> Non
 
 
 def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
-    built = _build(bundle_copy, graphs=("conditioner",), max_seq_len=70, exact=True)
+    built = _build(bundle_copy, graphs=("conditioner",), max_seq_len=270, exact=True)
     record = built["conditioner"].inputs["hidden_states"].profile  # type: ignore[attr-defined]
-    assert record == ((1, 70, 64),) * 3
+    assert record == ((1, 270, 64),) * 3
 
 
 @pytest.mark.parametrize(
@@ -146,9 +146,17 @@ def test_exact_shapes_build_and_are_recorded(bundle_copy: Path) -> None:
         ({"exact": True}, ConfigurationError, "--exact needs --max-seq-len"),
         ({"opt_sa_seq": 5}, ConfigurationError, r"--opt-sa-seq 5: .* run 17 tokens \(1 state"),
         (
-            {"max_seq_len": 40, "opt_seq_len": 50},
+            {"max_seq_len": 240, "opt_seq_len": 250},
             ConfigurationError,
-            "--opt-seq-len 50 must be from 1 to --max-seq-len 40",
+            "--opt-seq-len 250 must be from 1 to --max-seq-len 240",
+        ),
+        *(
+            (
+                {"max_seq_len": length, "exact": exact},
+                ConfigurationError,
+                rf"--max-seq-len {length} has no .* 216 tokens, .* Give 264 for .*, 344 for a l",
+            )
+            for length, exact in ((10, False), (216, True))
         ),
         ({"quantization": "qdq"}, EngineError, "has no Q/DQ: quantise the bundle first"),
         (
@@ -375,11 +383,11 @@ sys.exit(main(["audit", "--bundle", bundle]))
 """
 
 
-def test_building_and_auditing_run_where_torch_is_missing(
+def test_building_and_auditing_run_where_torch_and_opencv_are_missing(
     int8_bundle: Path, repository_root: Path, tmp_path: Path
 ) -> None:
     # Modules that refuse to be imported, found before the real ones by the builder's process too.
-    for name in ("torch", "transformers", "safetensors"):
+    for name in ("torch", "transformers", "safetensors", "cv2"):
         (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError(name={name!r})\n")
     done = subprocess.run(
         [sys.executable, "-c", _WITHOUT_TORCH, str(int8_bundle), RTX],

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from groot_int8_ros.policy.engines.onnxruntime_engine import OnnxRuntimeEngine
-from groot_int8_ros.policy.preprocess import image_sizes, pixel_values
+from groot_int8_ros.policy.image_sizes import image_sizes
+from groot_int8_ros.policy.preprocess import pixel_values
 from groot_int8_ros.policy.processor import ImageChain, load_processor
 from groot_int8_ros.policy.types import CameraSpec, UInt8Array
 from offline_tools.export.graph import GraphInput, GraphSpec, save, trace
