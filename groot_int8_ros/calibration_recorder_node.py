@@ -35,7 +35,7 @@ from trajectory_msgs.msg import JointTrajectory
 
 from groot_int8_ros.capture.inference import run_on
 from groot_int8_ros.capture.sample import CaptureSample
-from groot_int8_ros.capture.store import CaptureMeta, CaptureWriter
+from groot_int8_ros.capture.store import LIVE, CaptureMeta, CaptureWriter
 from groot_int8_ros.errors import GrootError
 from groot_int8_ros.policy.bundle import open_bundle
 from groot_int8_ros.policy.policy import Policy
@@ -155,7 +155,7 @@ class CalibrationRecorderNode(ManagedNode):
             run = partial(_run_on, self._policy)
         writer = CaptureWriter(
             output,
-            CaptureMeta.of_bundle(manifest, "live", seed=seed, engine=engine),
+            CaptureMeta.of_bundle(manifest, LIVE, seed=seed, engine=engine),
             samples_per_shard=parameters.samples_per_shard,
             go_on="call ~/resume",
         )

@@ -15,6 +15,8 @@ import os
 import runpy
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -181,6 +183,49 @@ def deployed_bundle(tiny_checkpoint: Path, tiny_dataset: Path) -> Path:
         report=lambda _: None,
     )
     return folder
+
+
+_KILLED_CAPTURE = """
+import os, signal, sys
+from pathlib import Path
+from groot_int8_ros.policy.policy import Policy
+from offline_tools.calibration.dataset_source import DatasetSource
+from offline_tools.calibration.run import capture
+
+class Killed(DatasetSource):
+    def observations(self, chosen):
+        for number, one in enumerate(super().observations(chosen)):
+            if number == 20:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield one
+
+bundle, dataset, store = map(Path, sys.argv[1:])
+policy = Policy.load(bundle)
+capture(policy, Killed(dataset, policy), store, samples=32, seed=0)
+"""
+
+
+@pytest.fixture(scope="session")
+def kill_a_capture() -> Callable[[Path, Path, Path], None]:
+    """Captures (bundle, dataset, store) 32 samples in a process that is killed after twenty.
+
+    `calibrate --samples 32 --seed 0 --resume` goes on with it.
+    """
+    pytest.importorskip("av", reason="reading a dataset needs PyAV")
+
+    def run(bundle: Path, dataset: Path, store: Path) -> None:
+        command = [sys.executable, "-c", _KILLED_CAPTURE, str(bundle), str(dataset), str(store)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "PYTHONPATH": str(REPOSITORY_ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=300,
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+
+    return run
 
 
 @pytest.fixture

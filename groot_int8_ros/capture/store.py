@@ -51,6 +51,7 @@ from groot_int8_ros.policy.npz import read_npz
 SCHEMA_VERSION = 2
 INDEX_FILE = "capture.json"
 DEFAULT_SAMPLES_PER_SHARD = 16
+LIVE = "live"
 
 # What the index's JSON must hold.
 _META_TYPES: Mapping[str, type | tuple[type, ...]] = {
@@ -87,7 +88,7 @@ class CaptureMeta:
         embodiment: The bundle's.
         action_horizon: Action tokens that the model runs.
         denoising_steps: Euler steps.
-        origin: Dataset, bag or "live", for a person.
+        origin: Dataset, bag or `LIVE`, for a person.
         seed: Seed of the noise, or None where samples have their own.
         engine: Engine that computed the tensors; empty where none did.
         precision: Graph to the precision it was run in; empty where none was run.
@@ -549,6 +550,19 @@ class CaptureStore:
     def content_sha256(self) -> str:
         """Hash of the set of samples: the calibration hash of everything made from it."""
         return self.index.content_sha256
+
+    @property
+    def unfinished(self) -> str:
+        """What a run that did not end has left out, and what to do; empty if the run ended."""
+        if self.index.finished:
+            return ""
+        if self.meta.origin == LIVE:
+            return f"the recording into {self.folder} did not end: what came last is not in it"
+        return (
+            f"the capture into {self.folder} did not end, so its {len(self)} samples are the "
+            "first ones and not spread over the recording; the same groot-int8 calibrate command "
+            "with --resume finishes it"
+        )
 
     def records(self) -> list[SampleRecord]:
         """Return what the index says of each sample, in the order of `samples`."""

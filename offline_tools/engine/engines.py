@@ -188,6 +188,8 @@ def build_engines(
         f"{library.name} {library.version} on {device.describe()}: {len(jobs)} "
         f"engine{'s' if len(jobs) > 1 else ''} into {jobs[0].folder}"
     )
+    for note in _unfinished_captures(jobs):
+        report(f"note: {note}")
     for job in jobs:
         expected = forecast_of(job, library)
         report(f"  {job.name:16} {job.precision:5} forecast: {expected.describe()}")
@@ -443,11 +445,22 @@ def _precision_of(name: str, record: GraphRecord, options: BuildOptions) -> tupl
     return options.precision or record.precision, own
 
 
+def _captures_of(job: EngineJob) -> Path | None:
+    own = job.bundle / CALIBRATION_FOLDER
+    return own if job.captures is None and (own / INDEX_FILE).is_file() else job.captures
+
+
+def _unfinished_captures(jobs: Sequence[EngineJob]) -> list[str]:
+    """Return what is to be said of the capture stores that calibrators are fed from."""
+    folders = {_captures_of(job) for job in jobs if job.quantization == "calibrator"}
+    stores = [CaptureStore.open(folder, verify_hashes=False) for folder in filter(None, folders)]
+    return [store.unfinished for store in stores if store.unfinished]
+
+
 def _calibration(job: EngineJob) -> tuple[Calibration | None, str]:
     if job.quantization != "calibrator":
         return None, ""
-    own = job.bundle / CALIBRATION_FOLDER
-    folder = own if job.captures is None and (own / INDEX_FILE).is_file() else job.captures
+    folder = _captures_of(job)
     store = None if folder is None else CaptureStore.open(folder)
     if job.cache.is_file():
         digest = None if store is None else store.content_sha256

@@ -163,6 +163,8 @@ def quantize_bundle(options: QuantizeOptions, report: Callable[[str], None]) -> 
         )
     layers = eligible_layers(bundle, options.layers)
     _refuse_full_disk(bundle, options)
+    if store.unfinished:
+        report(f"note: {store.unfinished}")
     if calibration.is_small:
         report(f"note: only {len(store)} calibration samples; static ranges are guesses")
     with atomic_directory(options.output) as folder:

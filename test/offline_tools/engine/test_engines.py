@@ -316,6 +316,39 @@ def test_kernels_are_loaded_when_they_are_used_unless_the_user_says_otherwise(
     assert os.environ["CUDA_MODULE_LOADING"] == expected
 
 
+@pytest.mark.parametrize("in_the_bundle", [False, True])
+def test_a_capture_that_was_killed_is_told_once_before_it_calibrates(
+    bundle_copy: Path,
+    tiny_dataset: Path,
+    kill_a_capture: Callable[[Path, Path, Path], None],
+    calibrators: None,
+    tmp_path: Path,
+    in_the_bundle: bool,
+) -> None:
+    captured = bundle_copy / "calibration" if in_the_bundle else tmp_path / "store"
+    options = BuildOptions(
+        bundle_copy,
+        quantization="calibrator",
+        captures=None if in_the_bundle else captured,
+    )
+
+    def notes() -> list[str]:
+        told: list[str] = []
+        # As far as the builder, which has no INT8.
+        with pytest.raises(ChildProcessBugError, match="no attribute 'INT8'"):
+            build_engines(options, told.append, library_name=RTX, device=_DEVICE)
+        return [line for line in told if line.startswith("note: ")]
+
+    kill_a_capture(bundle_copy, tiny_dataset, captured)
+    (note,) = notes()
+    assert f"{captured} did not end, so its 16 samples are the first ones" in note
+    assert "calibrate command with --resume finishes it" in note
+    command = ["calibrate", "--bundle", str(bundle_copy), "--dataset", str(tiny_dataset)]
+    command += ["--samples", "32", "--seed", "0", "--output", str(captured), "--resume"]
+    assert main(command) == 0
+    assert notes() == []
+
+
 def test_cache_of_another_graph_is_refused_by_the_build(
     bundle_copy: Path, calibrators: None
 ) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from groot_int8_ros.capture.store import CaptureStore, CaptureWriter
+from groot_int8_ros.capture.store import LIVE, CaptureStore, CaptureWriter
 from groot_int8_ros.errors import (
     BundleError,
     CaptureError,
@@ -329,6 +329,52 @@ def test_a_small_set_is_told_and_goes_into_the_manifest(
     result = quantize_bundle(options, told.append)
     assert f"note: only {count} calibration samples; static ranges are guesses" in told
     assert f"calibrated on {count} samples only" in result.manifest.notes
+
+
+def test_a_capture_that_was_killed_is_told_until_it_is_resumed(
+    fp16_bundle: Path,
+    tiny_dataset: Path,
+    kill_a_capture: Callable[[Path, Path, Path], None],
+    tmp_path: Path,
+) -> None:
+    captured, told = tmp_path / "store", list[str]()
+
+    def notes(name: str) -> list[str]:
+        told.clear()
+        options = _options(fp16_bundle, captured, tmp_path / name, layers=("*.to_q",))
+        quantize_bundle(options, told.append)
+        return [line for line in told if line.startswith("note: the ")]
+
+    kill_a_capture(fp16_bundle, tiny_dataset, captured)
+    assert notes("first") == [
+        f"note: the capture into {captured} did not end, so its 16 samples are the first ones and "
+        "not spread over the recording; the same groot-int8 calibrate command with --resume "
+        "finishes it"
+    ]
+    command = ["calibrate", "--bundle", str(fp16_bundle), "--dataset", str(tiny_dataset)]
+    command += ["--samples", "32", "--seed", "0", "--output", str(captured), "--resume"]
+    assert main(command) == 0
+    assert notes("resumed") == []
+
+
+def test_a_recorders_store_is_flagged_where_it_was_not_finished_and_cannot_be_resumed(
+    fp16_bundle: Path, store: Path, tmp_path: Path
+) -> None:
+    source = CaptureStore.open(store)
+    writer = CaptureWriter(tmp_path / "live", replace(source.meta, origin=LIVE))
+    for sample in source.samples():
+        writer.add(sample)
+    writer.flush()
+    told: list[str] = []
+    options = _options(fp16_bundle, writer.folder, tmp_path / "first", layers=("*.to_q",))
+    quantize_bundle(options, told.append)
+    (note,) = [line for line in told if "did not end" in line]
+    assert "the recording into" in note
+    assert "--resume" not in note
+    writer.finish()
+    told.clear()
+    quantize_bundle(replace(options, output=tmp_path / "second"), told.append)
+    assert not [line for line in told if "did not end" in line]
 
 
 def test_an_empty_set_is_refused(fp16_bundle: Path, store: Path, tmp_path: Path) -> None:
