@@ -6,13 +6,11 @@ import contextlib
 import errno
 import hashlib
 import os
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
@@ -27,18 +25,9 @@ from groot_int8_ros.policy.files import (
     sha256_of_file,
 )
 
+from ..full_disk import file_size_limit
+
 _FILE_LIMIT_BYTES = 4096
-
-
-@contextmanager
-def _full_disk() -> Iterator[None]:
-    # A limit on file sizes makes a write fail with an OSError, as a full disk does.
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_LIMIT_BYTES, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def _write_folder(target: Path, content: str) -> None:
@@ -152,7 +141,7 @@ def test_full_disk_names_the_target_and_leaves_what_was_there(
         _write_folder(target, "old")
     before = _content(tmp_path)
     with (
-        _full_disk(),
+        file_size_limit(_FILE_LIMIT_BYTES),
         pytest.raises(OutputError, match=r"cannot write .*bundle: File too large.*free space"),
     ):
         _write_folder(target, "x" * (2 * _FILE_LIMIT_BYTES))
@@ -163,7 +152,7 @@ def test_full_disk_names_the_target_and_leaves_what_was_there(
 def test_array_that_a_full_disk_cuts_short_is_an_output_error(tmp_path: Path) -> None:
     array = np.zeros(2 * _FILE_LIMIT_BYTES, np.uint8)
     with (
-        _full_disk(),
+        file_size_limit(_FILE_LIMIT_BYTES),
         pytest.raises(OutputError, match=r"cannot write .*weights: the disk may be full"),
         atomic_file(tmp_path / "weights") as temporary,
     ):
@@ -173,7 +162,7 @@ def test_array_that_a_full_disk_cuts_short_is_an_output_error(tmp_path: Path) ->
 
 def test_full_disk_while_a_file_is_written_leaves_nothing(tmp_path: Path) -> None:
     with (
-        _full_disk(),
+        file_size_limit(_FILE_LIMIT_BYTES),
         pytest.raises(OutputError, match=r"report\.json: File too large"),
         atomic_file(tmp_path / "report.json") as temporary,
     ):
@@ -418,7 +407,7 @@ def test_copy_that_fills_the_disk_is_an_output_error(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(b"x" * (2 * _FILE_LIMIT_BYTES))
     with (
-        _full_disk(),
+        file_size_limit(_FILE_LIMIT_BYTES),
         pytest.raises(OutputError, match=r"cannot write .*copy: File too large"),
         atomic_directory(tmp_path / "copy") as folder,
     ):

@@ -11,7 +11,6 @@ import ctypes
 import hashlib
 import mmap
 import os
-import resource
 import shutil
 import tempfile
 import types
@@ -22,6 +21,8 @@ import pytest
 
 from groot_int8_ros.policy.engines import host_copy
 from groot_int8_ros.policy.engines.host_copy import HostCopy, Span, move_copies, private_memory
+
+from ..full_disk import file_size_limit
 
 MIB = 1 << 20
 PAGE = mmap.PAGESIZE
@@ -309,12 +310,8 @@ def test_disk_that_fills_up_leaves_the_rest_in_memory_and_all_bytes_right(
     content = region(plan)
     before = private_memory()
     address = allocate(content)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (36 * MIB, limits[1]))
-    try:
+    with file_size_limit(36 * MIB):
         moved = move(plan, before, disk)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert 0 < moved.moved_bytes < moved.found_bytes
     assert moved.reason == f"{disk}: File too large"
     assert in_memory(address) < moved.kept_bytes + 2 * PAGE
