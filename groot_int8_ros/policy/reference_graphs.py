@@ -82,12 +82,12 @@ class ReferenceGraphs(PolicyGraphs[ModelInputs, Arrays]):
         )
         steps = self._manifest.denoising_steps
         actions: Float32Array = noise[None]
-        for step in range(steps):
+        for step, timestep in enumerate(self._manifest.timesteps):
             if committed is not None:
                 time = np.float32(step / steps)
                 on_the_way = (1 - time) * noise[None] + time * committed.actions
                 actions = np.where(committed.mask[..., None], on_the_way, actions)
-            velocity = self._velocity(condition, features, actions, step / steps)
+            velocity = self._velocity(condition, features, actions, timestep)
             actions = actions + velocity / np.float32(steps)
         if committed is not None:
             actions = np.where(committed.mask[..., None], committed.actions, actions)
@@ -95,15 +95,15 @@ class ReferenceGraphs(PolicyGraphs[ModelInputs, Arrays]):
         return action_pred
 
     def _velocity(
-        self, condition: Arrays, features: Arrays, actions: Float32Array, time: float
+        self, condition: Arrays, features: Arrays, actions: Float32Array, timestep: int
     ) -> Float32Array:
-        timestep = np.array([int(time * self._manifest.timestep_buckets)], np.int64)
+        bucket = np.array([timestep], np.int64)
         encoded = self._run(
             "action_encoder",
             {
                 "state_features": condition["state_features"],
                 "actions": actions,
-                "timestep": timestep,
+                "timestep": bucket,
             },
         )
         output = self._run(
@@ -111,7 +111,7 @@ class ReferenceGraphs(PolicyGraphs[ModelInputs, Arrays]):
             {
                 "sa_embs": encoded["sa_embs"],
                 "vl_embs": condition["vl_embs"],
-                "timestep": timestep,
+                "timestep": bucket,
                 "image_mask": features["image_mask"],
                 "backbone_attention_mask": features["attn_mask"],
             },
