@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import types
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,9 @@ from groot_int8_ros.policy.engines import host_copy
 from groot_int8_ros.policy.engines.host_copy import HostCopy, Span, move_copies, private_memory
 
 from ..full_disk import file_size_limit
+from ..page_cache import PAGE, keeps_files_in_memory, resident_bytes, resident_file_bytes
 
 MIB = 1 << 20
-PAGE = mmap.PAGESIZE
 REGION = 40 * MIB
 OFFSET = 521_253
 """Where the first region's bytes begin in the plan; no multiple of a page."""
@@ -39,12 +40,7 @@ Allocate = Callable[[bytes], int]
 
 
 def in_memory(address: int, size: int = REGION) -> int:
-    """Bytes of whole pages that are in memory, be it as the process's own or as a file's."""
-    first, behind = -(-address // PAGE) * PAGE, (address + size) // PAGE * PAGE
-    pages = (ctypes.c_ubyte * ((behind - first) // PAGE))()
-    status = LIBC.mincore(ctypes.c_void_p(first), ctypes.c_size_t(behind - first), pages)
-    assert status == 0, os.strerror(ctypes.get_errno())
-    return sum(page & 1 for page in pages) * PAGE
+    return resident_bytes(address, size)
 
 
 def stays(address: int) -> bool:
@@ -57,20 +53,6 @@ def digest_at(address: int, size: int = REGION) -> str:
 
 def digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
-
-
-def keeps_files_in_memory(folder: Path) -> bool:
-    with tempfile.TemporaryFile(dir=folder) as stream:
-        stream.write(bytes(MIB))
-        stream.flush()
-        os.fdatasync(stream.fileno())
-        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        # A private mapping has an address for ctypes; nobody touches it, so it loads nothing.
-        with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as mapped:
-            start = ctypes.c_char.from_buffer(mapped)
-            resident = in_memory(ctypes.addressof(start), MIB)
-            del start
-    return resident > MIB // 2
 
 
 @pytest.fixture
@@ -104,6 +86,23 @@ def allocate() -> Iterator[Allocate]:
     yield start
     for address in addresses:
         LIBC.free(address)
+
+
+@dataclass(frozen=True)
+class Copied:
+    """What TensorRT left: memory of before, and where the copy's bytes are."""
+
+    content: bytes
+    before: list[Span]
+    address: int
+
+
+@pytest.fixture
+def copied(plan: Path, allocate: Allocate) -> Copied:
+    """The first region's copy, as it is right after an engine was loaded."""
+    content = region(plan)
+    before = private_memory()
+    return Copied(content, before, allocate(content))
 
 
 def region(plan: Path, number: int = 0) -> bytes:
@@ -151,19 +150,12 @@ def test_copy_leaves_memory_and_the_library_that_made_it_sees_no_change(
 
 
 def test_plan_leaves_nothing_in_memory_by_being_searched(
-    plan: Path, disk: Path, allocate: Allocate
+    plan: Path, disk: Path, copied: Copied
 ) -> None:
     if keeps_files_in_memory(plan.parent):
         pytest.skip(f"{plan.parent} is in memory")
-    content = region(plan)
-    before = private_memory()
-    allocate(content)
-    assert move(plan, before, disk).kept_bytes == 0
-    with plan.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as kept:
-        start = ctypes.c_char.from_buffer(kept)
-        resident = in_memory(ctypes.addressof(start), len(kept))
-        del start
-    assert resident == 0
+    assert move(plan, copied.before, disk).kept_bytes == 0
+    assert resident_file_bytes(plan) == 0
 
 
 def test_freeing_the_copy_gives_addresses_and_disk_back(plan: Path, disk: Path) -> None:
@@ -255,27 +247,21 @@ def test_memory_from_before_the_engine_was_loaded_is_not_touched(
 
 @pytest.mark.parametrize("end", ["first", "last"])
 def test_memory_that_cuda_knows_is_not_touched(
-    plan: Path, disk: Path, allocate: Allocate, end: str
+    plan: Path, disk: Path, copied: Copied, end: str
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    address = allocate(content)
-    middle = address + REGION // 2
-    known = range(middle) if end == "first" else range(middle, address + REGION)
-    kept = move(plan, before, disk, is_plain=lambda at: at not in known)
+    middle = copied.address + REGION // 2
+    known = range(middle) if end == "first" else range(middle, copied.address + REGION)
+    kept = move(plan, copied.before, disk, is_plain=lambda at: at not in known)
     assert kept.kept_bytes == kept.found_bytes > REGION - 2 * PAGE
     assert kept.reason == "CUDA uses some of that memory itself"
-    assert stays(address)
+    assert stays(copied.address)
 
 
 def test_without_a_disk_the_copy_stays_and_each_folder_is_told(
-    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+    plan: Path, disk: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    address = allocate(content)
     memory, missing = Path("/dev/shm"), disk / "missing"
-    kept = move(plan, before, memory, missing)
+    kept = move(plan, copied.before, memory, missing)
     assert kept.kept_bytes == kept.found_bytes > 0
     assert kept.reason == (
         f"{memory}: keeps its files, or this process its pages, in memory; "
@@ -283,75 +269,65 @@ def test_without_a_disk_the_copy_stays_and_each_folder_is_told(
     )
     with monkeypatch.context() as patch:
         patch.setattr(host_copy, "_SPARE_BYTES", 1 << 60)
-        assert "has no room of" in move(plan, before, disk).reason
-    assert stays(address)
-    assert move(plan, before, memory, missing, disk).reason == "", "the next folder is taken"
-    assert in_memory(address) == 0
-    assert digest_at(address) == digest(content)
+        assert "has no room of" in move(plan, copied.before, disk).reason
+    assert stays(copied.address)
+    assert move(plan, copied.before, memory, missing, disk).reason == "", (
+        "the next folder is taken"
+    )
+    assert in_memory(copied.address) == 0
+    assert digest_at(copied.address) == digest(copied.content)
 
 
 def test_folder_that_may_not_be_written_is_told(
-    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+    plan: Path, disk: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(**_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    content = region(plan)
-    before = private_memory()
-    allocate(content)
     # Tests may run as root, whom no folder refuses.
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    assert move(plan, before, disk).reason == f"{disk}: Permission denied"
+    assert move(plan, copied.before, disk).reason == f"{disk}: Permission denied"
 
 
 def test_disk_that_fills_up_leaves_the_rest_in_memory_and_all_bytes_right(
-    plan: Path, disk: Path, allocate: Allocate
+    plan: Path, disk: Path, copied: Copied
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    address = allocate(content)
     with file_size_limit(36 * MIB):
-        moved = move(plan, before, disk)
+        moved = move(plan, copied.before, disk)
     assert 0 < moved.moved_bytes < moved.found_bytes
     assert moved.reason == f"{disk}: File too large"
-    assert in_memory(address) < moved.kept_bytes + 2 * PAGE
-    assert digest_at(address) == digest(content)
+    assert in_memory(copied.address) < moved.kept_bytes + 2 * PAGE
+    assert digest_at(copied.address) == digest(copied.content)
 
 
 def test_process_that_locks_its_memory_keeps_the_copy(
-    plan: Path, disk: Path, allocate: Allocate
+    plan: Path, disk: Path, copied: Copied
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    address = allocate(content)
     future = 2
     if LIBC.mlockall(future) != 0:
         pytest.skip(f"this user may not lock memory: {os.strerror(ctypes.get_errno())}")
     try:
-        moved = move(plan, before, disk)
+        moved = move(plan, copied.before, disk)
     finally:
         LIBC.munlockall()
     assert moved.kept_bytes == moved.found_bytes > 0
     assert "this process its pages, in memory" in moved.reason
-    assert digest_at(address) == digest(content)
+    assert digest_at(copied.address) == digest(copied.content)
 
 
 def test_memory_that_goes_away_meanwhile_is_no_fault_and_no_obstacle(
-    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+    plan: Path, disk: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    address = allocate(content)
     # As when another thread frees what it had: this process would be killed for reading it.
     freed = int(LIBC.malloc(2 * REGION))
     LIBC.free(freed)
     gone = (freed // PAGE * PAGE, freed // PAGE * PAGE + 2 * REGION)
-    found = host_copy._without(private_memory(), before)
+    found = host_copy._without(private_memory(), copied.before)
     monkeypatch.setattr(host_copy, "private_memory", lambda: sorted([*found, gone]))
     moved = move(plan, [], disk)
     assert moved.reason == "80 MiB could not be read (Input/output error)"
     assert moved.kept_bytes == 0
-    assert in_memory(address) == 0
+    assert in_memory(copied.address) == 0
 
 
 def test_memory_that_was_not_searched_is_told(
@@ -379,35 +355,29 @@ def test_memory_of_one_value_costs_no_search(
 
 
 def test_lack_of_memory_is_told(
-    plan: Path, disk: Path, allocate: Allocate, monkeypatch: pytest.MonkeyPatch
+    plan: Path, disk: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(_: object) -> None:
         raise MemoryError
 
-    content = region(plan)
-    before = private_memory()
-    allocate(content)
     monkeypatch.setattr(host_copy, "_array", refuse)
-    assert move(plan, before, disk).reason == "MemoryError()"
+    assert move(plan, copied.before, disk).reason == "MemoryError()"
 
 
 @pytest.mark.parametrize(("beyond", "moved"), [(-PAGE, False), (PAGE, True)])
 def test_disk_needs_room_for_the_copy_and_some_to_spare(
     plan: Path,
     disk: Path,
-    allocate: Allocate,
+    copied: Copied,
     monkeypatch: pytest.MonkeyPatch,
     beyond: int,
     moved: bool,
 ) -> None:
-    content = region(plan)
-    before = private_memory()
-    allocate(content)
     room = host_copy._SPARE_BYTES + REGION - 2 * PAGE + beyond
     monkeypatch.setattr(
         os, "statvfs", lambda folder: types.SimpleNamespace(f_bavail=room, f_frsize=1)
     )
-    assert (move(plan, before, disk).kept_bytes == 0) == moved
+    assert (move(plan, copied.before, disk).kept_bytes == 0) == moved
 
 
 def test_zeros_beside_a_copy_are_nobody_s_proof(
@@ -447,11 +417,8 @@ def test_sample_across_the_pieces_that_the_plan_is_read_in_is_found(
     assert in_memory(address) == 0
 
 
-def test_plan_that_is_gone_is_told(plan: Path, disk: Path, allocate: Allocate) -> None:
-    content = region(plan)
-    before = private_memory()
-    allocate(content)
-    assert move(plan.with_name("gone"), before, disk).reason == "No such file or directory"
+def test_plan_that_is_gone_is_told(plan: Path, disk: Path, copied: Copied) -> None:
+    assert move(plan.with_name("gone"), copied.before, disk).reason == "No such file or directory"
 
 
 def test_mapped_file_of_any_name_is_no_obstacle(tmp_path: Path, allocate: Allocate) -> None:

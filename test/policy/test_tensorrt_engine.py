@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
-import mmap
 import os
 import sys
 import types
@@ -33,6 +32,8 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
     EngineTensor,
     engine_folder,
 )
+
+from ..page_cache import resident_file_bytes
 
 Profile: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -570,23 +571,6 @@ def test_number_that_a_32_bit_input_cannot_hold_is_refused(
         load(_Gpu()).run(_feed(1 << 40))
 
 
-def _resident_pages(path: Path) -> int:
-    size = path.stat().st_size
-    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    with path.open("rb") as stream:
-        # A private mapping has an address for ctypes; nobody touches it, so it loads nothing.
-        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
-        start = (ctypes.c_char * size).from_buffer(mapped)
-        library = ctypes.CDLL(None, use_errno=True)
-        status = library.mincore(
-            ctypes.c_void_p(ctypes.addressof(start)), ctypes.c_size_t(size), pages
-        )
-        del start
-        mapped.close()
-    assert status == 0, os.strerror(ctypes.get_errno())
-    return sum(page & 1 for page in pages)
-
-
 def test_engine_file_leaves_no_pages_in_memory(tmp_path: Path) -> None:
     path = tmp_path / "dit_model.engine"
     with path.open("wb") as stream:
@@ -594,10 +578,10 @@ def test_engine_file_leaves_no_pages_in_memory(tmp_path: Path) -> None:
         stream.flush()
         os.fsync(stream.fileno())
         os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if _resident_pages(path):
+    if resident_file_bytes(path):
         pytest.skip(f"the file system of {tmp_path} keeps all files in memory")
     digest = hashlib.sha256(path.read_bytes()).digest()
-    assert _resident_pages(path) > 0
+    assert resident_file_bytes(path) > 0
     with mapped_once(path) as mapped:
         assert hashlib.sha256(mapped).digest() == digest
-    assert _resident_pages(path) == 0
+    assert resident_file_bytes(path) == 0
