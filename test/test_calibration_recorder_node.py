@@ -262,7 +262,8 @@ def test_without_a_policy_node_it_records_pauses_and_goes_on(
         robot.observe()
         robot.spin(robot.period_s)
     assert robot.trigger("resume").success
-    robot.until(lambda: robot.said == "recording", "the end of the pause")
+    # Nothing is published yet, so on a slow machine it may say by then that the sensors are stale.
+    robot.until(lambda: robot.said != "paused", "the end of the pause")
     assert robot.count("recorder", "offered") <= before + 1, "it recorded while paused"
     robot.until(lambda: robot.count("recorder", "offered") >= before + 3, "more", robot.observe)
     assert recorder.end(signal.SIGTERM) == 0

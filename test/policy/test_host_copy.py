@@ -1,8 +1,8 @@
 """Hazards of moving TensorRT's copy of an engine behind a file: other memory, bytes, a full disk.
 
-The copies are made as TensorRT 8.6 was seen to make them: `malloc`, and the plan's bytes from an
-odd offset on. Memory, files and mappings are real. That it is so with TensorRT itself, and that
-its engines run on, is shown on a GPU (docs/verification.md).
+The copies are made as TensorRT 8.6 was seen to make them: a mapping of their own, and the plan's
+bytes from an odd offset on. Memory, files and mappings are real. That it is so with TensorRT
+itself, and that its engines run on, is shown on a GPU (docs/verification.md).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from groot_int8_ros.policy.engines.host_copy import HostCopy, Span, move_copies,
 
 from ..full_disk import file_size_limit
 from ..page_cache import PAGE, keeps_files_in_memory, resident_bytes, resident_file_bytes
+from ..private_mapping import address_in, private_mapping
 
 MIB = 1 << 20
 REGION = 40 * MIB
@@ -32,9 +33,6 @@ OFFSET = 521_253
 """Where the first region's bytes begin in the plan; no multiple of a page."""
 
 LIBC = ctypes.CDLL(None, use_errno=True)
-LIBC.malloc.restype = ctypes.c_void_p
-LIBC.malloc.argtypes = [ctypes.c_size_t]
-LIBC.free.argtypes = [ctypes.c_void_p]
 
 Allocate = Callable[[bytes], int]
 
@@ -74,18 +72,17 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def allocate() -> Iterator[Allocate]:
-    """Allocates as a C++ library does, and returns the address; all is freed afterwards."""
-    addresses = []
+    """Allocates as glibc does what is large, and returns the address; all is freed afterwards."""
+    allocated = []
 
     def start(content: bytes) -> int:
-        address = int(LIBC.malloc(len(content)))
-        ctypes.memmove(address, content, len(content))
-        addresses.append(address)
-        return address
+        memory = private_mapping(content)
+        allocated.append(memory)
+        return address_in(memory)
 
     yield start
-    for address in addresses:
-        LIBC.free(address)
+    for memory in allocated:
+        memory.close()
 
 
 @dataclass(frozen=True)
@@ -161,13 +158,12 @@ def test_plan_leaves_nothing_in_memory_by_being_searched(
 def test_freeing_the_copy_gives_addresses_and_disk_back(plan: Path, disk: Path) -> None:
     content = region(plan)
     before = private_memory()
-    address = int(LIBC.malloc(REGION))
-    ctypes.memmove(address, content, REGION)
+    memory = private_mapping(content)
     assert move(plan, before, disk).kept_bytes == 0
     maps = Path("/proc/self/maps")
     nameless = f"{disk}/#"
     assert any("(deleted)" in line for line in maps.read_text().splitlines() if nameless in line)
-    LIBC.free(address)
+    memory.close()
     assert nameless not in maps.read_text()
 
 
@@ -319,8 +315,9 @@ def test_memory_that_goes_away_meanwhile_is_no_fault_and_no_obstacle(
     plan: Path, disk: Path, copied: Copied, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As when another thread frees what it had: this process would be killed for reading it.
-    freed = int(LIBC.malloc(2 * REGION))
-    LIBC.free(freed)
+    memory = private_mapping(bytes(2 * REGION))
+    freed = address_in(memory)
+    memory.close()
     gone = (freed // PAGE * PAGE, freed // PAGE * PAGE + 2 * REGION)
     found = host_copy._without(private_memory(), copied.before)
     monkeypatch.setattr(host_copy, "private_memory", lambda: sorted([*found, gone]))

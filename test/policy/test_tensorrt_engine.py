@@ -34,6 +34,7 @@ from groot_int8_ros.policy.engines.tensorrt_manifest import (
 )
 
 from ..page_cache import resident_file_bytes
+from ..private_mapping import address_in, private_mapping
 
 Profile: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -239,7 +240,7 @@ class _Context:
         def work() -> None:
             # 8.6 reads its copy of a region until the first run is over.
             if not self._ran:
-                self._ran = len(bytes(self._region)) > 0
+                self._ran = len(self._region[:]) > 0
             x = (ctypes.c_int32 * count).from_address(self._address["x"])
             y = (ctypes.c_float * count).from_address(self._address["y"])
             y[:] = [2.0 * value for value in x]
@@ -268,9 +269,9 @@ def _tensorrt(gpu: _Gpu, dtype_of_y: str, version: str) -> Any:
         def __init__(self, log: Any, plan: Any) -> None:
             self._log = log
             # As 8.6 does with each compiled region: a copy of its own, in memory.
-            self.region = ctypes.create_string_buffer(plan[len(b"good") :], len(plan))
+            self.region = private_mapping(bytes(plan[len(b"good") :]))
             if gpu.pins:
-                gpu.blocks[ctypes.addressof(self.region)] = self.region
+                gpu.blocks[address_in(self.region)] = self.region
 
         def get_tensor_name(self, index: int) -> str:
             return "xy"[index]
@@ -507,7 +508,7 @@ def test_copy_that_tensorrt_keeps_leaves_memory_or_is_told(
     assert engine.host_copy.found_bytes > 39 << 20
     assert (engine.host_copy.kept_bytes, engine.remarks) == (0, [])
     assert engine.host_copy.returned_bytes() == 0
-    assert bytes(engine._engine.region)[: len(plan) - 4] == plan[4:]
+    assert engine._engine.region[-len(plan) + 4 :] == plan[4:]
     _doubled(engine, 1, 2, 3)
     engine.close()
 

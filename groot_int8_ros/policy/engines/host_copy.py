@@ -40,7 +40,7 @@ Span = tuple[int, int]
 _MAPS = Path("/proc/self/maps")
 _MEMORY = Path("/proc/self/mem")
 
-# From here on glibc gives every allocation pages of its own, whatever it learnt from earlier ones.
+# From here on glibc asks the kernel for every allocation that freed memory does not serve.
 _LEAST_BYTES = 32 << 20
 # Shorter runs of equal pages are not worth a mapping each.
 _SHORTEST_RUN = 1 << 20
